@@ -1,0 +1,42 @@
+"""Label images with a model.
+
+MODEL is a run directory, a packaged model, a timm or torchvision name, or an .onnx file. IMAGE is a file, a directory
+or a pattern. Images that cannot be read are named on standard error, and the exit code is then 1.
+
+\b
+Examples:
+  visionkd predict runs/student photo.jpg
+  visionkd predict runs/student/export/model.onnx photos/ --save labelled/
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from visionkd.cli import _options, console
+from visionkd.cli._base import argument, new_command, option
+
+
+@new_command(__doc__)
+@argument("model", metavar="MODEL")
+@argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@option("--save", metavar="DIR", help="Write copies of the images there with the labels drawn on them.")
+@option("--top-k", type=_options.AT_LEAST_1, default=5, show_default=True, metavar="N", help="Labels per image.")
+@_options.accelerator
+@_options.as_json
+@click.pass_context
+def command(ctx: click.Context, images: tuple[str, ...], as_json: bool, **request: Any) -> None:
+    from visionkd import workflows
+
+    with console.working(stdout_is_data=as_json) as listener:
+        result = workflows.predict(images=images, **request, listener=listener)
+    if as_json:
+        console.write_json(result)
+    else:
+        console.show_predictions(result)
+    for path, reason in result.skipped:
+        console.warn(f"{path} was skipped: {reason}")
+    if result.skipped:
+        ctx.exit(1)

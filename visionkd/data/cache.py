@@ -1,0 +1,121 @@
+"""Decoded images kept in memory, so that small images cost no decoding after the first pass."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from visionkd.errors import UnreadableImageError
+from visionkd.types import Source
+
+AUTO_LIMIT_BYTES = 1_000_000_000
+_PROBES = 16
+_CHUNK = 256
+_RESERVE = 1.1
+
+
+class CachedSource:
+    """A source whose images lie decoded in one tensor that all loader processes share.
+
+    ``load`` gives uint8 tensors 3 x H x W, which are views of the shared memory and must not be written to.
+    """
+
+    def __init__(self, source: Source, pixels: Tensor, offsets: np.ndarray, shapes: np.ndarray) -> None:
+        self.source = source
+        self._pixels = pixels
+        self._offsets = offsets
+        self._shapes = shapes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def load(self, index: int) -> Tensor:
+        height, width = self._shapes[index].tolist()
+        if not height:
+            raise UnreadableImageError(f"cannot read '{self.source.name(index)}'")
+        start = int(self._offsets[index])
+        return self._pixels[start : start + height * width * 3].view(height, width, 3).permute(2, 0, 1)
+
+    def target(self, index: int) -> Any:
+        return self.source.target(index)
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    @property
+    def nbytes(self) -> int:
+        return self._pixels.numel()
+
+
+def estimate_bytes(source: Source) -> int:
+    """Estimate the size of all images decoded, from a few of them."""
+    if not len(source):
+        return 0
+    sizes = []
+    for index in np.linspace(0, len(source) - 1, min(_PROBES, len(source))).astype(int).tolist():
+        try:
+            image = source.load(index)
+        except UnreadableImageError:
+            continue
+        sizes.append(image.width * image.height * 3)
+    return int(sum(sizes) / max(1, len(sizes)) * len(source))
+
+
+def build_cache(
+    source: Source, *, limit_bytes: int | None = None, progress: Callable[[int, int], None] | None = None
+) -> CachedSource | None:
+    """Decode every image of ``source`` once, in threads.
+
+    Args:
+        source: What to decode; images that cannot be read stay unreadable in the cache.
+        limit_bytes: Give up when the images need more than that; None never does.
+        progress: Called with images done and images in all.
+
+    Returns:
+        The cached source, or None if it is larger than the limit.
+    """
+    count = len(source)
+    expected = int(estimate_bytes(source) * _RESERVE) + 1
+    if limit_bytes is not None and expected > limit_bytes * _RESERVE:
+        return None
+    pixels = torch.empty(expected, dtype=torch.uint8)
+    offsets, shapes = np.zeros(count, dtype=np.int64), np.zeros((count, 2), dtype=np.int32)
+
+    def decode(index: int) -> np.ndarray | None:
+        try:
+            return np.asarray(source.load(index))
+        except UnreadableImageError:
+            return None
+
+    used = 0
+    with ThreadPoolExecutor(len(_affinity())) as pool:
+        for start in range(0, count, _CHUNK):
+            chunk = range(start, min(start + _CHUNK, count))
+            for index, array in zip(chunk, pool.map(decode, chunk), strict=True):
+                if array is None:
+                    continue
+                if used + array.size > len(pixels):
+                    if limit_bytes is not None and used + array.size > limit_bytes * _RESERVE:
+                        return None
+                    grown = torch.empty(int(len(pixels) * 1.5) + array.size, dtype=torch.uint8)
+                    grown[:used] = pixels[:used]
+                    pixels = grown
+                pixels[used : used + array.size] = torch.from_numpy(array.reshape(-1).copy())
+                offsets[index], shapes[index] = used, array.shape[:2]
+                used += array.size
+            if progress is not None:
+                progress(chunk.stop, count)
+    return CachedSource(source, pixels[:used], offsets, shapes)
+
+
+def _affinity() -> set[int]:
+    """Processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))

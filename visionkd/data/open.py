@@ -1,0 +1,140 @@
+"""Opening a DATA argument: a directory, an archive, the name of a known data set, or ``shapes``."""
+
+from __future__ import annotations
+
+import os
+
+from visionkd.config.schema import DataConfig
+from visionkd.data import known
+from visionkd.data.archive import open_archive
+from visionkd.data.folder import open_folder
+from visionkd.data.layout import Opened, fingerprint
+from visionkd.data.shapes import CLASSES, MAX_SIZE, MIN_SIZE, ShapesSource
+from visionkd.data.subset import SubsetSource, stratified_limit, stratified_split, targets_of
+from visionkd.errors import Problem, RequestError, did_you_mean
+from visionkd.types import DataSet, Source
+
+SHAPES = "shapes"
+# Far beyond any number of training scenes, and a multiple of the number of classes.
+_VAL_SCENES = 1 << 40
+
+
+def known_names() -> tuple[str, ...]:
+    """Return the names that stand for a data set."""
+    return (SHAPES, *known.names())
+
+
+def open_data(
+    path: str, *, config: DataConfig | None = None, seed: int = 0, img_size: int = 224, task: str = "auto"
+) -> DataSet:
+    """Open a data set.
+
+    Args:
+        path: Directory, archive, or known name.
+        config: Splits, limits and the settings of ``shapes``; its own ``path`` is not read.
+        seed: Decides which samples are held out or kept where that is left to chance.
+        img_size: Size of drawn scenes where ``config.shapes.size`` is None.
+        task: ``auto`` or ``classification``; other tasks are refused.
+
+    Returns:
+        The data set. Splits are ``train`` and ``val`` where present, whatever else was found (``test``), and ``all`` for a
+        folder of classes without splits, which evaluation of such a folder wants.
+
+    Raises:
+        RequestError: If the path is unknown, or its task or split.
+        DataError: If the data cannot be used.
+        DownloadError: If a known data set cannot be fetched.
+    """
+    config = config or DataConfig()
+    if task not in ("auto", "classification"):
+        raise RequestError(Problem("--task", f"'{task}' is not supported yet by this version", "Use classification"))
+    opened = _open(path, config, img_size)
+    splits, messages = _choose_splits(opened, config, seed)
+    for split, limit in (("train", config.limit_train), ("val", config.limit_val)):
+        if limit is not None and split in splits and limit < len(splits[split]):
+            source = splits[split]
+            splits[split] = SubsetSource(source, stratified_limit(targets_of(source), limit, seed))
+            messages.append(f"{split} is limited to {limit} of {len(source)} images, spread over the classes.")
+            if limit < len(opened.classes):
+                messages.append(f"{limit} images cannot show all {len(opened.classes)} classes.")
+    return DataSet(
+        name=opened.name,
+        task="classification",
+        classes=opened.classes,
+        splits=splits,
+        fingerprint=opened.fingerprint,
+        messages=(*opened.messages, *messages),
+    )
+
+
+def _open(path: str, config: DataConfig, img_size: int) -> Opened:
+    if path == SHAPES:
+        return _open_shapes(config, img_size)
+    if path in known.names():
+        return known.open_known(path)
+    place = os.path.expanduser(path)
+    if os.path.isdir(place):
+        return open_folder(place)
+    if os.path.exists(place):
+        return open_archive(place)
+    hint = did_you_mean(path, known_names()) if os.sep not in path else ""
+    listing = "'visionkd data list' shows the known names."
+    raise RequestError(
+        Problem("--data", f"'{path}' is neither a directory, nor an archive, nor a known data set", hint or listing),
+        hint=listing if hint else None,
+    )
+
+
+def _open_shapes(config: DataConfig, img_size: int) -> Opened:
+    shapes = config.shapes
+    size = shapes.size or min(max(img_size, MIN_SIZE), MAX_SIZE)
+    return Opened(
+        name=SHAPES,
+        classes=CLASSES,
+        sources={
+            "train": ShapesSource(shapes.seed, shapes.num_train, size),
+            "val": ShapesSource(shapes.seed, shapes.num_val, size, first=_VAL_SCENES),
+        },
+        # Bump the version whenever the drawing changes: stored teacher labels belong to the pictures.
+        fingerprint=fingerprint([b"shapes-v1", str((shapes.seed, shapes.num_train, shapes.num_val, size)).encode()]),
+    )
+
+
+def _choose_splits(opened: Opened, config: DataConfig, seed: int) -> tuple[dict[str, Source], list[str]]:
+    """Find the split to train on and the one to validate on, and say what had to be decided."""
+    splits = dict(opened.sources)
+    wanted = config.val_split
+    if wanted is not None and wanted not in splits:
+        found = ", ".join(sorted(splits))
+        raise RequestError(
+            Problem("data.val_split", f"'{wanted}' is not a split of this data", did_you_mean(wanted, splits)),
+            hint=f"Found: {found}.",
+        )
+    if wanted is not None and wanted != "all":
+        said = [] if wanted == "val" else [f"Validating on the split '{wanted}'."]
+        splits["val"] = splits[wanted]
+        return splits, said
+    if "val" in splits:
+        return splits, []
+    if "test" in splits:
+        splits["val"] = splits["test"]
+        return splits, ["There is no validation split: validating on test."] if "train" in splits else []
+    whole = splits.pop("train", None) or splits["all"]
+    targets = targets_of(whole)
+    train, val = stratified_split(targets, config.val_fraction, seed)
+    splits["train"] = SubsetSource(whole, train)
+    splits["all"] = whole
+    counts = [(name, int((targets == label).sum())) for label, name in enumerate(opened.classes)]
+    single = [name for name, count in counts if count == 1]
+    said = []
+    if len(val):
+        splits["val"] = SubsetSource(whole, val)
+        said.append(
+            f"There is no validation split: {len(val)} of {len(whole)} images are held out, "
+            f"{config.val_fraction:.0%} of each class, seed {seed}; {len(train)} are left to train on."
+        )
+    if single:
+        shown = ", ".join(f"'{name}'" for name in single[:5]) + (f" and {len(single) - 5} more" if single[5:] else "")
+        kept = "Classes with one image, which stays in training"
+        said.append(f"{kept}: {shown}." if len(val) else f"{kept} so that none is left to validate on: {shown}.")
+    return splits, said

@@ -1,0 +1,111 @@
+"""A packaged model: ``model.safetensors`` with plain weights, ``model.json`` with all that is needed to use them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+import visionkd
+from visionkd.files import sha256
+from visionkd.models.factory import Network, load_packaged
+from visionkd.models.package_file import CARD_FILE, FORMAT, WEIGHTS_FILE
+from visionkd.types import TaskName
+
+
+def save_package(
+    network: Network,
+    directory: str | os.PathLike[str],
+    *,
+    task: TaskName,
+    classes: Sequence[str] | None,
+    metrics: Mapping[str, float],
+    origin: Mapping[str, Any],
+) -> Path:
+    """Write ``network`` as a packaged model; the directory is complete or absent, and replaces a former one.
+
+    Args:
+        network: What to package. Its plain weights are written: they load into timm or torchvision without visionkd.
+        directory: Where to; its parent must exist or be creatable.
+        task: Task that the outputs serve.
+        classes: Class names in output order; None takes the network's.
+        metrics: Measured values by name, such as ``val/top1``.
+        origin: How it came about: run, method, teachers, data, versions.
+    """
+    directory = Path(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    classes = network.classes if classes is None else tuple(classes)
+    if classes is not None and len(classes) != network.num_classes:
+        raise ValueError(f"{len(classes)} class names for {network.num_classes} outputs")
+    identity = {
+        "architecture": network.architecture,
+        "source": network.source,
+        "model_args": network.model_args,
+        "num_classes": network.num_classes,
+        "classes": list(classes) if classes is not None else None,
+        "input": network.input.to_dict(),
+    }
+    # Clones, because safetensors refuses tensors that share memory, as tied weights do.
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in network.net.state_dict().items()}
+    metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in identity.items()}
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent))
+    try:
+        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt", **metadata})
+        card = {
+            "format": FORMAT,
+            **identity,
+            "pretrained_tag": network.pretrained_tag,
+            "task": task,
+            "metrics": dict(metrics),
+            "origin": {"visionkd": visionkd.__version__, **origin},
+            "sha256": {WEIGHTS_FILE: sha256(temporary / WEIGHTS_FILE)},
+        }
+        (temporary / CARD_FILE).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for file in (WEIGHTS_FILE, CARD_FILE):
+            with open(temporary / file, "rb") as handle:
+                os.fsync(handle.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o777 & ~umask)
+        for file in (WEIGHTS_FILE, CARD_FILE):
+            os.chmod(temporary / file, 0o666 & ~umask)
+        _swap(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return directory
+
+
+def load_package(directory: str | os.PathLike[str]) -> tuple[Network, dict[str, Any]]:
+    """Return the network of a packaged model (or of a run that holds one), in eval mode, and its ``model.json``.
+
+    Raises:
+        DataError: If a file is missing or its SHA-256 is not the one that was written down.
+    """
+    directory = Path(directory)
+    inner = directory / "model"
+    return load_packaged(inner if not (directory / CARD_FILE).is_file() and (inner / CARD_FILE).is_file() else directory)
+
+
+def _swap(temporary: Path, directory: Path) -> None:
+    """Rename ``temporary`` to ``directory``, over a former one."""
+    if not directory.exists():
+        os.replace(temporary, directory)
+        return
+    # A directory cannot be renamed over one that is not empty, so the former one steps aside for a moment.
+    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".old", dir=directory.parent))
+    os.replace(directory, aside / directory.name)
+    try:
+        os.replace(temporary, directory)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.replace(aside / directory.name, directory)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,69 @@
+"""Knowledge distillation from the teacher's softened class probabilities.
+
+    L = task_loss_weight * CE(y, s) + distill_loss_weight * T^2 * KL(softmax(z_t / T) || softmax(z_s / T))
+
+With ``hard_labels`` the second term becomes DeiT's CE(argmax z_t, s), which has no temperature.
+
+Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531.
+Touvron et al., "Training data-efficient image transformers & distillation through attention", 2021, arXiv 2012.12877.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from visionkd.losses.distillation import hard_kd_loss, kd_loss
+from visionkd.methods._base import DistillationModule
+from visionkd.types import Output
+
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class KDOptions:
+    """Options of ``kd``.
+
+    Attributes:
+        temperature: ``T`` of the equation.
+        task_loss_weight: Weight of the cross-entropy against the labels; 0 learns from the teacher alone.
+        distill_loss_weight: Weight of the distillation term.
+        hard_labels: Learn the teacher's most probable class instead of its distribution.
+    """
+
+    temperature: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 4.0
+    task_loss_weight: NonNegative = 0.1
+    distill_loss_weight: NonNegative = 0.9
+    hard_labels: bool = False
+
+    def __post_init__(self) -> None:
+        if self.task_loss_weight == self.distill_loss_weight == 0:
+            raise ValueError("task_loss_weight and distill_loss_weight are both 0: nothing would be learned")
+
+
+class KD(DistillationModule):
+    """Hinton's distillation; several teachers count equally."""
+
+    Options: ClassVar[type] = KDOptions
+    options: KDOptions
+
+    def distill_loss(self, *, student: Output, teachers: tuple[Output, ...], target: Tensor) -> Mapping[str, Tensor]:
+        losses = []
+        for teacher in teachers:
+            logits = {"student_logits": student.logits, "teacher_logits": teacher.logits}
+            if self.options.hard_labels:
+                losses.append(hard_kd_loss(**logits))
+            else:
+                losses.append(kd_loss(**logits, temperature=self.options.temperature))
+        return {"kd_loss": torch.stack(losses).mean()}
+
+    def loss_weights(self) -> Mapping[str, float]:
+        return {"task_loss": self.options.task_loss_weight, "kd_loss": self.options.distill_loss_weight}
+
+
+METHOD = KD

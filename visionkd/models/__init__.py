@@ -1,0 +1,1 @@
+"""Networks: names, weights, and one wrapper around timm and torchvision."""

@@ -1,0 +1,344 @@
+"""From a configured name to a network: timm, torchvision, packaged models and weight files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+import visionkd.models.cifar_resnet  # noqa: F401  (registers its networks with timm)
+from visionkd.config.schema import NetworkConfig
+from visionkd.errors import DataError, RequestError, VisionKDError
+from visionkd.models import torchvision_zoo
+from visionkd.models.classes import imagenet_classes
+from visionkd.models.download import advice, hub_access, url_access
+from visionkd.models.names import Resolved, known_names, quiet_libraries, resolve_name
+from visionkd.models.network import Network, check_img_size, head_names
+from visionkd.models.package_file import read_card, verified_weights
+from visionkd.models.weights import infer_num_classes, json_or_none, load_tensors, read_tensors, strip_prefixes
+from visionkd.types import InputSpec
+
+__all__ = ["Network", "Resolved", "create_network", "known_names", "load_packaged", "resolve_name"]
+
+_OWN_ARGS = {"num_classes": "the data decides it", "pretrained": "use --no-pretrained", "img_size": "use img_size beside args"}
+# Images this small are the whole picture already: there is no margin to crop away.
+_NO_CROP_UP_TO_PX = 64
+
+
+def create_network(
+    config: NetworkConfig,
+    *,
+    num_classes: int | None = None,
+    classes: tuple[str, ...] | None = None,
+    in_training: bool,
+) -> Network:
+    """Build the network that ``config`` names, with its weights.
+
+    Args:
+        config: Name, whether to start from published weights, input size and further arguments.
+        num_classes: Outputs wanted; None keeps the network's own classifier. Another number than the weights were made
+            for puts a fresh classifier in place.
+        classes: Names of the outputs; ``num_classes`` may then be left out.
+        in_training: The network will be trained: it starts in train mode, and from random weights (with a note) where
+            none are published. A network to be used as it is refuses that.
+
+    Raises:
+        RequestError: The name or an argument is unknown, or the weights do not fit.
+        DownloadError: The published weights cannot be had.
+        DataError: A file is damaged.
+    """
+    if classes is not None:
+        if num_classes not in (None, len(classes)):
+            raise ValueError(f"{len(classes)} class names for {num_classes} outputs")
+        num_classes = len(classes)
+    _check_args(config)
+    resolved = resolve_name(config.name)
+    if resolved.source == "package":
+        network, _ = load_packaged(resolved.path)
+    elif resolved.source == "file":
+        network = _from_file(resolved, config)
+    elif resolved.library == "torchvision":
+        network = _from_torchvision(resolved, config, num_classes, in_training)
+    else:
+        network = _from_timm(resolved, config, num_classes, in_training)
+    if resolved.note:
+        network.notes = (resolved.note, *network.notes)
+    if resolved.source in ("package", "file") and config.img_size is not None:
+        _resize_input(network, config)
+    _fit_head(network, num_classes, classes)
+    return network.train(in_training)
+
+
+def load_packaged(directory: str | os.PathLike[str]) -> tuple[Network, dict[str, Any]]:
+    """Return the network of a packaged model, in eval mode, and the content of its ``model.json``.
+
+    Raises:
+        DataError: If a file is damaged or missing.
+    """
+    directory = Path(directory)
+    card = read_card(directory)
+    tensors, _ = read_tensors(verified_weights(directory, card))
+    return _rebuild(card, tensors, path=directory), card
+
+
+# Sources --------------------------------------------------------------------------------------------------------------
+
+
+def _from_timm(resolved: Resolved, config: NetworkConfig, num_classes: int | None, in_training: bool) -> Network:
+    name = resolved.architecture if resolved.tag is None else f"{resolved.architecture}.{resolved.tag}"
+    kwargs = dict(config.args)
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    if ":" in name:  # hf-hub: and local-dir: bring their own configuration
+        if config.img_size is not None:
+            kwargs["img_size"] = config.img_size
+        repository = name.partition(":")[2]
+        steps = advice("ARCHITECTURE", page=f"https://huggingface.co/{repository}", cache=_HF_CACHE)
+        with hub_access(config.name, repository, advice=steps):
+            net = _build_timm(name, kwargs, config, pretrained=config.pretrained)
+        cfg, notes = net.pretrained_cfg, ()
+        kwargs = {**getattr(net, "pretrained_model_args", {}), **kwargs}
+        architecture, pretrained, tag = cfg["architecture"], config.pretrained, repository
+    else:
+        known = get_pretrained_cfg(name)
+        pretrained, notes = _weights_or_none(config, known.has_weights, in_training)
+        if config.img_size is not None and known.fixed_input_size:
+            kwargs["img_size"] = config.img_size
+        net = _fetch_timm(name, known, kwargs, config) if pretrained else _build_timm(name, kwargs, config, pretrained=False)
+        cfg, architecture, tag = net.pretrained_cfg, resolved.architecture, net.pretrained_cfg.get("tag")
+    kwargs["num_classes"] = net.num_classes
+    spec = _timm_input(cfg, config.img_size)
+    if config.img_size is not None:
+        check_img_size(net, spec.img_size, config.name)
+    own_head = pretrained and net.num_classes == cfg["num_classes"]
+    return Network(
+        net,
+        architecture=architecture,
+        source="timm",
+        input=spec,
+        model_args=kwargs,
+        classes=imagenet_classes(net.num_classes) if own_head else None,
+        pretrained_tag=tag if pretrained else None,
+        notes=notes,
+    )
+
+
+def _from_torchvision(resolved: Resolved, config: NetworkConfig, num_classes: int | None, in_training: bool) -> Network:
+    weights = torchvision_zoo.weights(resolved.architecture, resolved.tag)
+    pretrained, notes = _weights_or_none(config, weights is not None, in_training)
+    state = None
+    if pretrained:
+        steps = advice(f"torchvision/{resolved.architecture}", page=weights.url, cache=_TORCH_CACHE)
+        with url_access(config.name, weights.url, advice=steps):
+            state = weights.get_state_dict(progress=False, check_hash=True)
+    kwargs = {**torchvision_zoo.fixed_args(resolved.architecture, pretrained), **config.args}
+    spec = torchvision_zoo.input_spec(weights)
+    if config.img_size is not None:
+        if torchvision_zoo.fixed_size(resolved.architecture):
+            kwargs["image_size" if resolved.architecture.startswith("vit") else "input_size"] = (
+                config.img_size if resolved.architecture.startswith("vit") else (config.img_size, config.img_size)
+            )
+        spec = _with_size(spec, (config.img_size, config.img_size))
+    kwargs["num_classes"] = num_classes if num_classes is not None and not pretrained else 1000
+    net = _guarded(config, lambda: torchvision_zoo.build(resolved.architecture, kwargs))
+    if state is not None:
+        _guarded(config, lambda: torchvision_zoo.load(net, state))
+    if config.img_size is not None:
+        check_img_size(net, spec.img_size, config.name)
+    return Network(
+        net,
+        architecture=resolved.architecture,
+        source="torchvision",
+        input=spec,
+        model_args=kwargs,
+        classes=imagenet_classes(1000) if pretrained else None,
+        pretrained_tag=weights.name if pretrained else None,
+        notes=notes,
+    )
+
+
+def _from_file(resolved: Resolved, config: NetworkConfig) -> Network:
+    tensors, metadata = read_tensors(resolved.path)
+    if resolved.architecture is None:
+        if "architecture" not in metadata:
+            raise RequestError(
+                f"'{resolved.path}' does not say which architecture its weights are for",
+                hint=f"Write ARCHITECTURE@FILE, for example resnet18@{resolved.path}",
+            )
+        card = {name: json_or_none(metadata.get(name)) for name in ("model_args", "num_classes", "classes", "input")}
+        card |= {"architecture": metadata["architecture"], "source": metadata.get("source", "timm")}
+        if card["model_args"] is None or card["input"] is None:
+            raise RequestError(
+                f"'{resolved.path}' lacks the arguments of its architecture",
+                hint=f"Write {metadata['architecture']}@{resolved.path}",
+            )
+        return _rebuild(card, tensors, path=resolved.path)
+    architecture, library = resolved.architecture, resolved.library
+    kwargs = dict(config.args)
+    with torch.device("meta"):  # shapes and names alone: nothing is allocated
+        skeleton = _guarded(config, lambda: _bare(library, architecture, kwargs))
+    heads = head_names(skeleton, library)
+    tensors = strip_prefixes(tensors, skeleton.state_dict())
+    kwargs["num_classes"] = infer_num_classes(tensors, heads) or skeleton_classes(skeleton, library)
+    net = _guarded(config, lambda: _bare(library, architecture, kwargs))
+    load_tensors(net, tensors, path=resolved.path, architecture=architecture)
+    if library == "timm":
+        spec = _timm_input(net.pretrained_cfg, None)
+    else:
+        spec = torchvision_zoo.input_spec(torchvision_zoo.weights(architecture, resolved.tag))
+    note = f"'{resolved.path}' does not carry its input statistics: those of {architecture} are taken"
+    return Network(net, architecture=architecture, source=library, input=spec, model_args=kwargs, notes=(note,))
+
+
+def _rebuild(card: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], *, path: Path) -> Network:
+    """Build the network that a card describes, and load its weights."""
+    architecture, source = card["architecture"], card["source"]
+    kwargs = {key: tuple(value) if isinstance(value, list) else value for key, value in card["model_args"].items()}
+    kwargs["num_classes"] = card["num_classes"] or kwargs.get("num_classes")
+    try:
+        with quiet_libraries():
+            net = _bare(source, architecture, kwargs)
+    except Exception as error:
+        raise DataError(
+            f"'{path}' needs the architecture '{architecture}' of {source}, which is not to be built here: {error}",
+            hint="Update the library it comes from: pip install --upgrade timm torchvision",
+        ) from error
+    load_tensors(net, tensors, path=path, architecture=architecture)
+    classes = card.get("classes")
+    return Network(
+        net,
+        architecture=architecture,
+        source=source,
+        input=InputSpec.from_dict(card["input"]),
+        model_args=kwargs,
+        classes=tuple(classes) if classes else None,
+        pretrained_tag=card.get("pretrained_tag"),
+    ).eval()
+
+
+# Parts ----------------------------------------------------------------------------------------------------------------
+
+_HF_CACHE = "HF_HOME=DIR                use a Hugging Face cache that was filled on a connected machine"
+_TORCH_CACHE = "TORCH_HOME=DIR             use a torch cache that was filled on a connected machine"
+
+
+def _fetch_timm(name: str, cfg: Any, kwargs: dict[str, Any], config: NetworkConfig) -> nn.Module:
+    if cfg.hf_hub_id:
+        page = f"https://huggingface.co/{cfg.hf_hub_id}"
+        with hub_access(config.name, cfg.hf_hub_id, advice=advice(cfg.architecture, page=page, cache=_HF_CACHE)):
+            return _build_timm(name, kwargs, config, pretrained=True)
+    with url_access(config.name, cfg.url, advice=advice(cfg.architecture, page=cfg.url, cache=_TORCH_CACHE)):
+        return _build_timm(name, kwargs, config, pretrained=True)
+
+
+def _build_timm(name: str, kwargs: dict[str, Any], config: NetworkConfig, *, pretrained: bool) -> nn.Module:
+    return _guarded(config, lambda: timm.create_model(name, pretrained=pretrained, **kwargs))
+
+
+def _bare(library: str, architecture: str, kwargs: dict[str, Any]) -> nn.Module:
+    if library == "timm":
+        return timm.create_model(architecture, **kwargs)
+    return torchvision_zoo.build(architecture, {**torchvision_zoo.fixed_args(architecture, False), **kwargs})
+
+
+def skeleton_classes(net: nn.Module, library: str) -> int:
+    """Return the number of outputs that ``net`` has by default."""
+    return net.num_classes if library == "timm" else 1000
+
+
+def _guarded(config: NetworkConfig, build: Any) -> Any:
+    """Run ``build``; what a constructor objects to becomes a message about the request."""
+    try:
+        with quiet_libraries():
+            return build()
+    except (VisionKDError, OSError):
+        raise
+    except TypeError as error:
+        raise RequestError(
+            f"'{config.name}' does not take these arguments: {error}", hint=f"Given: args={config.args or '{}'}"
+        ) from error
+    except (RuntimeError, ValueError, AssertionError, KeyError) as error:
+        if type(error).__module__.startswith(("huggingface_hub", "httpx", "requests")):
+            raise  # hub_access words these
+        first = (str(error).strip() or type(error).__name__).splitlines()
+        size = f", img_size={config.img_size}" if config.img_size else ""
+        raise RequestError(
+            f"'{config.name}' cannot be built with args={config.args or '{}'}{size}: " + " ".join(first[:3])[:400],
+            hint="Leave img_size and args out to take the network's own.",
+        ) from error
+
+
+def _check_args(config: NetworkConfig) -> None:
+    for name, reason in _OWN_ARGS.items():
+        if name in config.args:
+            raise RequestError(f"args of '{config.name}' may not hold '{name}': {reason}")
+    if config.args.get("in_chans", 3) != 3:
+        raise RequestError(f"'{config.name}': in_chans={config.args['in_chans']} is not supported; images are RGB, in_chans 3")
+
+
+def _weights_or_none(config: NetworkConfig, published: bool, in_training: bool) -> tuple[bool, tuple[str, ...]]:
+    """Decide whether published weights are loaded, and what to tell the user."""
+    if not config.pretrained or published:
+        return config.pretrained, ()
+    if in_training:
+        return False, (f"no weights are published for '{config.name}': it starts from random ones",)
+    raise RequestError(
+        f"no weights are published for '{config.name}', and an untrained network cannot be used as it is",
+        hint=f"Train it first (visionkd train --model {config.name} --data DATA) and name its run directory, or pass "
+        "--no-pretrained to mean random weights.",
+    )
+
+
+def _timm_input(cfg: Mapping[str, Any], img_size: int | None) -> InputSpec:
+    interpolation = cfg.get("interpolation") or "bicubic"
+    spec = InputSpec(
+        img_size=tuple(cfg["input_size"][-2:]),
+        mean=tuple(cfg["mean"]),
+        std=tuple(cfg["std"]),
+        interpolation=interpolation if interpolation in ("bilinear", "bicubic", "nearest") else "bicubic",
+        crop_pct=float(cfg.get("crop_pct") or 0.875),
+    )
+    return spec if img_size is None else _with_size(spec, (img_size, img_size))
+
+
+def _with_size(spec: InputSpec, img_size: tuple[int, int]) -> InputSpec:
+    crop_pct = 1.0 if max(img_size) <= _NO_CROP_UP_TO_PX else spec.crop_pct
+    return InputSpec(img_size, spec.mean, spec.std, spec.interpolation, crop_pct)
+
+
+def _resize_input(network: Network, config: NetworkConfig) -> None:
+    """Give a loaded network another input size, resampling its positions where it has them."""
+    size = (config.img_size, config.img_size)
+    if size == tuple(network.input.img_size):
+        return
+    if network.source == "timm" and get_pretrained_cfg(network.architecture).fixed_input_size:
+        if not hasattr(network.net, "set_input_size"):
+            raise RequestError(
+                f"'{config.name}' was built for {network.input.img_size[0]} x {network.input.img_size[1]} pixels and cannot change",
+                hint="Leave img_size out: images are resized to what the network takes.",
+            )
+        _guarded(config, lambda: network.net.set_input_size(img_size=size))
+        network.model_args["img_size"] = config.img_size
+    check_img_size(network.net, size, config.name)
+    network.input = _with_size(network.input, size)
+
+
+def _fit_head(network: Network, num_classes: int | None, classes: tuple[str, ...] | None) -> None:
+    if num_classes is not None and network.num_classes != num_classes:
+        # Silent where the head was published with the weights: everybody expects it to go.
+        if network.pretrained_tag is None:
+            note = f"'{network.architecture}' has {network.num_classes} outputs: a fresh classifier with {num_classes} takes their place"
+            network.notes = (*network.notes, note)
+        network.reset_classifier(num_classes, classes)
+    elif classes is not None:
+        if network.classes is not None and network.classes != classes and network.pretrained_tag is None:
+            note = f"'{network.architecture}' was trained for other classes: a fresh classifier takes the place of its own"
+            network.notes = (*network.notes, note)
+            network.reset_classifier(num_classes, classes)
+        network.classes = classes

@@ -1,0 +1,192 @@
+"""What a MODEL argument means: a timm or torchvision name, a package, or a checkpoint file."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from visionkd.errors import RequestError, did_you_mean
+from visionkd.models.aliases import ALIASES
+
+_WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a name stands for.
+
+    Attributes:
+        source: Where the network comes from.
+        architecture: timm or torchvision name; for a hub model its ``hf-hub:`` name; None where a file tells.
+        tag: Name of the published weights; None takes the default ones.
+        path: Package directory or checkpoint file.
+        note: A choice made on the user's behalf, to be said aloud.
+        library: Library that builds the architecture.
+    """
+
+    source: Literal["timm", "torchvision", "package", "file"]
+    architecture: str | None = None
+    tag: str | None = None
+    path: Path | None = None
+    note: str | None = None
+    library: Literal["timm", "torchvision"] | None = None
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep timm's, torchvision's and the hub's chatter from the user; errors are ours to word."""
+    loggers = [logging.getLogger(name) for name in ("timm", "huggingface_hub", "torch.hub", "httpx")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def resolve_name(name: str) -> Resolved:
+    """Find out what ``name`` stands for.
+
+    Names of networks come before directories and files of the same name; ``./name`` always means the path.
+
+    Raises:
+        RequestError: If it stands for nothing; the nearest names are offered.
+    """
+    name = os.fspath(name).strip()
+    if name.startswith(("hf-hub:", "hf_hub:")):
+        return Resolved("timm", "hf-hub:" + name.split(":", 1)[1], library="timm")
+    if name.startswith("local-dir:"):
+        return Resolved("timm", name, library="timm")
+    if "@" in name:
+        architecture, _, file = name.partition("@")
+        return _file(name, architecture, Path(file).expanduser())
+    network = _network(name)
+    path = Path(name).expanduser()
+    if network is not None:
+        if package_directory(path) is not None:
+            note = f"'{name}' is taken as the network of that name; write './{name}' for the directory"
+            return Resolved(network.source, network.architecture, network.tag, None, note, network.library)
+        return network
+    if path.is_dir():
+        found = package_directory(path)
+        if found is None:
+            raise RequestError(
+                f"the directory '{name}' is neither a packaged model nor a finished run: it has no model.json and no "
+                "model/model.json",
+                hint="A run packages its model when it ends; continue an unfinished one with --resume.",
+            )
+        return Resolved("package", path=found)
+    if path.is_file():
+        return _file(name, None, path)
+    raise _unknown(name)
+
+
+def package_directory(path: Path) -> Path | None:
+    """Return the directory that holds ``model.json``: ``path`` itself or its ``model/``; None if there is none."""
+    for candidate in (path, path / "model"):
+        if (candidate / "model.json").is_file():
+            return candidate
+    return None
+
+
+def known_names() -> tuple[str, ...]:
+    """Return every name of a network: aliases, timm's and torchvision's."""
+    import timm
+
+    import visionkd.models.cifar_resnet  # noqa: F401  (registers its networks with timm)
+
+    torchvision_names = [f"torchvision/{name}" for name in _torchvision_names()]
+    return tuple(sorted({*ALIASES, *timm.list_models(), *torchvision_names}))
+
+
+def _torchvision_names() -> list[str]:
+    import torchvision
+
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def _network(name: str) -> Resolved | None:
+    """Return the network called ``name``, or None."""
+    import timm
+    from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
+
+    import visionkd.models.cifar_resnet  # noqa: F401  (registers its networks with timm)
+
+    library, _, rest = name.rpartition("/")
+    if library not in ("", "timm", "torchvision"):
+        return None
+    note = None
+    architecture, tag = split_model_name_tag(rest)
+    if not library and architecture in ALIASES:
+        target = ALIASES[architecture]
+        note = f"'{architecture}' stands for {target}"
+        library, _, architecture = target.rpartition("/")
+    if library != "torchvision" and timm.is_model(architecture):
+        tags = [key.partition(".")[2] for key in get_arch_pretrained_cfgs(architecture)]
+        if tag and tag not in tags:
+            known = ", ".join(sorted(filter(None, tags))) or "none"
+            raise RequestError(
+                f"'{architecture}' has no weights called '{tag}'",
+                hint=did_you_mean(tag, tags) or f"Published weights of {architecture}: {known}",
+            )
+        return Resolved("timm", architecture, tag or None, None, note, "timm")
+    if library != "timm" and architecture in _torchvision_names():
+        if tag:
+            from torchvision.models import get_model_weights
+
+            tags = [weights.name for weights in get_model_weights(architecture)]
+            if tag not in tags:
+                raise RequestError(f"'{architecture}' has no weights called '{tag}'", hint=f"Known: {', '.join(tags)}")
+        return Resolved("torchvision", architecture, tag or None, None, note, "torchvision")
+    return None
+
+
+def _file(name: str, architecture: str | None, path: Path) -> Resolved:
+    """Resolve ``ARCHITECTURE@FILE``, or a bare file that carries its architecture."""
+    if not path.exists():
+        raise RequestError(f"'{name}': there is no file '{path}'", hint="Name an existing file after the '@'.")
+    if path.is_dir():
+        raise RequestError(
+            f"'{name}': '{path}' is a directory", hint="Name the weight file in it, or the directory alone if it is a package."
+        )
+    if path.suffix == ".onnx":
+        raise RequestError(
+            f"'{path}' is an ONNX file: it can be evaluated, benchmarked and used to predict, but not be trained or taught from",
+            hint="Name the run directory or the packaged model that it was exported from.",
+        )
+    if architecture is None:
+        if path.suffix != ".safetensors":
+            raise RequestError(
+                f"'{path}' does not say which architecture its weights are for",
+                hint=f"Write ARCHITECTURE@FILE, for example resnet18@{path}",
+            )
+        return Resolved("file", path=path)
+    network = _network(architecture)
+    if network is None:
+        raise _unknown(architecture)
+    return Resolved("file", network.architecture, network.tag, path, network.note, network.library)
+
+
+def _unknown(name: str) -> RequestError:
+    looks_like_path = os.sep in name.removeprefix("torchvision/").removeprefix("timm/") or name.endswith(_WEIGHT_FILES)
+    if looks_like_path or name.startswith((".", "~")):
+        return RequestError(
+            f"there is no file or directory '{name}', nor a network of that name",
+            hint="A model is a run directory, a packaged model, ARCHITECTURE@FILE, or a timm or torchvision name.",
+        )
+    bare = name.rpartition("/")[2].partition(".")[0]
+    prefix = "torchvision/" if name.startswith("torchvision/") else ""
+    names = known_names()
+    near = did_you_mean(prefix + bare, names) or did_you_mean(prefix + bare.replace("-", "_"), names)
+    hint = near or "Any timm or torchvision name works, and: " + ", ".join(sorted(ALIASES)[:12]) + ", ..."
+    return RequestError(f"unknown network '{name}'", hint=hint)

@@ -1,0 +1,250 @@
+"""One face for every network: images in [0, 1] in, typed outputs out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from visionkd.errors import RequestError, WorkError
+from visionkd.models.normalize import Normalize, resize
+from visionkd.types import InputSpec, Output
+
+Family = Literal["cnn", "transformer", "mlp", "hybrid"]
+
+
+class Network(nn.Module):
+    """A timm or torchvision classifier that brings its images to its own size and statistics.
+
+    ``network.net`` is the plain module: its state dict loads into ``timm.create_model(architecture, **model_args)``.
+
+    Args:
+        net: The plain module.
+        architecture: Its name, without the weight tag.
+        source: ``timm`` or ``torchvision``.
+        input: Size and statistics that the network was trained with.
+        model_args: Arguments that rebuild ``net``, ``num_classes`` included.
+        classes: Class names in the order of the outputs, if known.
+        pretrained_tag: Name of the published weights it started from, if any.
+        notes: Choices made on the user's behalf, to be said aloud.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        architecture: str,
+        source: Literal["timm", "torchvision"],
+        input: InputSpec,
+        model_args: Mapping[str, Any],
+        classes: tuple[str, ...] | None = None,
+        pretrained_tag: str | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.architecture = architecture
+        self.source = source
+        self.input = input
+        self.model_args = dict(model_args)
+        self.pretrained_tag = pretrained_tag
+        self.notes = notes
+        self.normalize = Normalize(input.mean, input.std)
+        self.num_classes = int(self.model_args["num_classes"])
+        self.classes = classes
+        if classes is not None and len(classes) != self.num_classes:
+            raise WorkError(f"'{architecture}' has {self.num_classes} outputs, but {len(classes)} class names")
+        self.family: Family = family(net)
+        self._embedding_dim: int | None = None
+
+    # Running ----------------------------------------------------------------------------------------------------------
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """Bring ``image``, B x 3 x H x W in [0, 1], to the size and statistics that the bare network takes."""
+        return self.normalize(resize(image, self.input.img_size, self.input.interpolation))
+
+    def forward(self, image: Tensor) -> Output:
+        """Return the logits for ``image``, B x 3 x H x W in [0, 1]."""
+        return Output(logits=_first(self.net(self.prepare(image))))
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """Return the last feature map (or the tokens, B x N x D, of a transformer) before pooling."""
+        image = self.prepare(image)
+        if self.source == "timm":
+            return self.net.forward_features(image)
+        return _captured(self.net, *_feature_module(self.net), image)
+
+    def embed(self, image: Tensor) -> Tensor:
+        """Return the pooled embedding in front of the classifier, B x D, for ``image``, B x 3 x H x W in [0, 1]."""
+        image = self.prepare(image)
+        if self.source == "timm":
+            embedding = self.net.forward_head(self.net.forward_features(image), pre_logits=True)
+        else:
+            embedding = _captured(self.net, _last_linear(self.net)[1], "input", image)
+        return embedding.mean((2, 3)) if embedding.ndim == 4 else embedding
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width D of :meth:`embed`."""
+        if self._embedding_dim is None:
+            heads = _heads(self)
+            if heads:
+                self._embedding_dim = heads[0].weight.shape[1]
+            else:
+                parameter = next(self.net.parameters())
+                blank = torch.zeros(1, 3, *self.input.img_size, device=parameter.device, dtype=parameter.dtype)
+                training = self.training
+                with torch.no_grad():
+                    self._embedding_dim = self.eval().embed(blank).shape[1]
+                self.train(training)
+        return self._embedding_dim
+
+    # The classifier ---------------------------------------------------------------------------------------------------
+
+    def reset_classifier(self, num_classes: int, classes: tuple[str, ...] | None = None) -> None:
+        """Put a fresh classifier with ``num_classes`` outputs in place of the present one."""
+        if classes is not None and len(classes) != num_classes:
+            raise ValueError(f"{len(classes)} class names for {num_classes} outputs")
+        parameter = next(self.net.parameters())
+        if self.source == "timm":
+            self.net.reset_classifier(num_classes)
+        else:
+            name, old = _last_linear(self.net)
+            if isinstance(old, nn.Conv2d):
+                new: nn.Module = nn.Conv2d(old.in_channels, num_classes, old.kernel_size, bias=old.bias is not None)
+            else:
+                new = nn.Linear(old.in_features, num_classes, bias=old.bias is not None)
+            self.net.set_submodule(name, new)
+        self.net.to(device=parameter.device, dtype=parameter.dtype)
+        self.num_classes = num_classes
+        self.model_args["num_classes"] = num_classes
+        self.classes = classes
+
+    @torch.no_grad()
+    def set_classifier(self, weight: Tensor, bias: Tensor, classes: tuple[str, ...] | None = None) -> None:
+        """Make ``embed(image) @ weight.T + bias`` the network's logits.
+
+        Args:
+            weight: C x D, on the embedding.
+            bias: C.
+            classes: Names of the C classes.
+        """
+        self.reset_classifier(weight.shape[0], classes)
+        heads = _heads(self)
+        fitting = [head for head in heads if head.weight.numel() == weight.numel() and head.bias is not None]
+        if not heads or len(fitting) != len(heads):
+            raise WorkError(
+                f"the classifier of '{self.architecture}' is not linear in its embedding, so no probe can be put in its place",
+                hint="Train the whole teacher instead: --fit-teacher finetune",
+            )
+        for head in heads:  # distilled DeiTs average two heads; equal ones give the average embedding's logits
+            head.weight.copy_(weight.reshape(head.weight.shape))
+            head.bias.copy_(bias)
+
+    def extra_repr(self) -> str:
+        height, width = self.input.img_size
+        return f"{self.source}/{self.architecture}, {self.num_classes} classes, {height} x {width} px"
+
+
+def _first(output: Any) -> Tensor:
+    """Return the main logits of a network that answers with several (Inception's auxiliary heads)."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _heads(network: Network) -> list[nn.Module]:
+    """Return the linear layers (or 1 x 1 convolutions) that give the logits; empty if there are others."""
+    if network.source == "torchvision":
+        modules: tuple[Any, ...] = (_last_linear(network.net)[1],)
+    else:
+        found = network.net.get_classifier()
+        modules = tuple(found) if isinstance(found, (tuple, list, nn.ModuleList)) else (found,)
+    fine = all(type(module) in (nn.Linear, nn.Conv2d) for module in modules)
+    return list(modules) if fine else []
+
+
+def _last_linear(net: nn.Module) -> tuple[str, nn.Module]:
+    """Return name and module of torchvision's classifier: the last linear layer, or SqueezeNet's last convolution."""
+    candidates = [(name, module) for name, module in net.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    # Auxiliary heads (Inception, GoogLeNet) are declared before the main one, so that the last is always the main one.
+    return candidates[-1]
+
+
+def _feature_module(net: nn.Module) -> tuple[nn.Module, Literal["input", "output"]]:
+    """Return the torchvision module whose input or output is the last feature map."""
+    for name in ("permute", "features", "encoder", "blocks", "layers", "conv5"):  # Swin, most, ViT, MaxViT, ...
+        module = getattr(net, name, None)
+        if isinstance(module, nn.Module):
+            return module, "output"
+    return net.get_submodule("avgpool"), "input"
+
+
+def _captured(net: nn.Module, module: nn.Module, which: Literal["input", "output"], image: Tensor) -> Tensor:
+    """Run ``net`` and return what ``module`` took or gave."""
+    seen: list[Tensor] = []
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append(inputs[0] if which == "input" else output)
+
+    handle = module.register_forward_hook(keep)
+    try:
+        net(image)
+    finally:
+        handle.remove()
+    return seen[-1]
+
+
+def family(net: nn.Module) -> Family:
+    """Classify a network by its layers: which of attention and spatial convolution does the work.
+
+    Patch embeddings (stride equal to the kernel) do not count as convolutions, nor squeeze-and-excite as attention.
+    """
+    attentions = convolutions = 0
+    for module in net.modules():
+        if isinstance(module, nn.MultiheadAttention) or (
+            "attn" in type(module).__name__.lower() or "attention" in type(module).__name__.lower()
+        ):
+            mixes_tokens = isinstance(module, nn.MultiheadAttention) or any(
+                hasattr(module, name) for name in ("qkv", "q", "kv", "query", "q_proj")
+            )
+            attentions += mixes_tokens
+        elif isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1 and module.stride != module.kernel_size:
+            convolutions += 1
+    if attentions <= 1 and convolutions > 4:
+        return "cnn"  # one attention layer at most is a pooling head
+    if attentions:
+        return "transformer" if convolutions <= max(4, attentions // 2) else "hybrid"
+    return "cnn" if convolutions else "mlp"
+
+
+def check_img_size(net: nn.Module, img_size: tuple[int, int], name: str) -> None:
+    """Run ``net`` on the meta device, which costs nothing, to see whether it takes ``img_size``.
+
+    Raises:
+        RequestError: If it does not.
+    """
+    import copy
+
+    try:
+        twin = copy.deepcopy(net).to("meta").eval()
+        with torch.no_grad():
+            twin(torch.empty(1, 3, *img_size, device="meta"))
+    except NotImplementedError:
+        return  # an operator that the meta device lacks says nothing about the size
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RequestError(
+            f"'{name}' does not take images of {img_size[0]} x {img_size[1]} pixels: {reason}",
+            hint="Choose another img_size, usually a multiple of 32, or leave it out to take the network's own.",
+        ) from error
+
+
+def head_names(net: nn.Module, source: str) -> tuple[str, ...]:
+    """Return the dotted names of the layers that give the logits of a bare network."""
+    if source == "torchvision":
+        return (_last_linear(net)[0],)
+    found = net.get_classifier()
+    modules = tuple(found) if isinstance(found, (tuple, list, nn.ModuleList)) else (found,)
+    names = {id(module): name for name, module in net.named_modules()}
+    return tuple(names[id(module)] for module in modules if id(module) in names)

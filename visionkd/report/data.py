@@ -1,0 +1,249 @@
+"""What a report is made of: typed, already measured, independent of where a run keeps it."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from visionkd.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One network and what was measured of it; None where it was not.
+
+    Attributes:
+        name: Architecture, such as ``resnet18``.
+        top1: Percent.
+        top5: Percent; not shown where there are five classes or fewer.
+        params_m: Millions of parameters.
+        macs_g: Billions of multiply-accumulates for one image.
+        size_mb: Megabytes of the weights file.
+        latency_ms: Milliseconds by backend, such as ``{"torch": 11.8, "onnxruntime": 4.5}``.
+        note: A few words, such as ``linear probe on frozen features``.
+    """
+
+    name: str
+    top1: float | None = None
+    top5: float | None = None
+    params_m: float | None = None
+    macs_g: float | None = None
+    size_mb: float | None = None
+    latency_ms: Mapping[str, float | None] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ExportRow:
+    """One exported file and how it was checked against PyTorch.
+
+    Attributes:
+        file: Path relative to the run.
+        format: ``onnx`` or another.
+        size_mb: Megabytes.
+        max_abs_diff: Largest difference between a logit and PyTorch's.
+        top1_torch: Percent, on the images both ran on.
+        top1_exported: Percent, on the same images.
+        num_verify_images: How many these were.
+    """
+
+    file: str
+    format: str = ""
+    size_mb: float | None = None
+    max_abs_diff: float | None = None
+    top1_torch: float | None = None
+    top1_exported: float | None = None
+    num_verify_images: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """One metric of one split over time.
+
+    Attributes:
+        epochs: Time in epochs, length P; 1.0 is the end of the first epoch. Increasing.
+        values: The metric, length P; finite.
+    """
+
+    epochs: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Curves:
+    """All of a run's ``metrics.csv``: ``curves[metric][split]``, in the file's order of columns."""
+
+    curves: Mapping[str, Mapping[str, Curve]] = field(default_factory=dict)
+
+    def get(self, metric: str, split: str) -> Curve | None:
+        return self.curves.get(metric, {}).get(split)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Curves:
+        """Read a CSV with the columns ``epoch``, ``step``, ``split`` and one per metric; blanks and cut lines are fine.
+
+        A training split may have several rows in an epoch: they are spread over it in order. Where a resumed run wrote a
+        row again, the later one counts.
+        """
+        try:
+            with Path(path).open(newline="", encoding="utf-8", errors="replace") as file:
+                rows = list(csv.DictReader(line.replace("\0", "") for line in file))
+        except OSError as error:
+            raise DataError(f"cannot read the training curves {path}: {error.strerror or error}") from error
+        return cls.from_rows(rows)
+
+    @classmethod
+    def from_rows(cls, rows: list[dict[str, Any]]) -> Curves:
+        """Build curves from rows as a CSV reader yields them."""
+        latest: dict[tuple[str, float, float], dict[str, Any]] = {}
+        for row in rows:
+            epoch, split = _number(row.get("epoch")), row.get("split")
+            if not math.isfinite(epoch) or not split:
+                continue
+            step = _number(row.get("step"))
+            key = (str(split), epoch, step if math.isfinite(step) else -1.0)
+            latest.setdefault(key, {}).update((k, v) for k, v in row.items() if v not in (None, ""))
+        # Epochs counted from 0 by the writer are moved, so that 1.0 is always the end of the first one.
+        train_epochs = [epoch for split, epoch, _ in latest if split == "train"]
+        shift = 1.0 if train_epochs and min(train_epochs) == 0 else 0.0
+        groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+        for (split, epoch, _), row in sorted(latest.items(), key=lambda item: item[0]):
+            groups.setdefault((split, epoch), []).append(row)
+
+        names = list(dict.fromkeys(name for row in rows for name in row if isinstance(name, str)))
+        points: dict[str, dict[str, list[tuple[float, float]]]] = {}
+        for name in names:
+            if name in ("epoch", "step", "split"):
+                continue
+            for (split, epoch), group in groups.items():
+                for place, row in enumerate(group, start=1):
+                    value = _number(row.get(name))
+                    if math.isfinite(value):
+                        time = epoch + shift - 1.0 + place / len(group)
+                        points.setdefault(name, {}).setdefault(split, []).append((time, value))
+        return cls({name: {split: Curve(*np.asarray(pairs).T) for split, pairs in by_split.items()}
+                    for name, by_split in points.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What the networks answered on the evaluated split.
+
+    Attributes:
+        targets: Class indices, length N.
+        student_probs: N x C, after softmax.
+        teacher_probs: N x C; with several teachers, their mean.
+        baseline_probs: N x C.
+        names: Paths of the samples relative to the data, length N; may be empty.
+    """
+
+    targets: np.ndarray
+    student_probs: np.ndarray
+    teacher_probs: np.ndarray | None = None
+    baseline_probs: np.ndarray | None = None
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        shape = np.shape(self.student_probs)
+        if len(shape) != 2 or np.shape(self.targets) != shape[:1]:
+            raise DataError(f"the evaluation does not fit together: {np.shape(self.targets)} targets, {shape} student_probs")
+        for role in ("teacher_probs", "baseline_probs"):
+            probs = getattr(self, role)
+            if probs is not None and np.shape(probs) != shape:
+                raise DataError(f"the evaluation does not fit together: {role} is {np.shape(probs)}, student_probs {shape}")
+        if self.names and len(self.names) != shape[0]:
+            raise DataError(f"the evaluation does not fit together: {len(self.names)} names for {shape[0]} samples")
+        if shape[0] and not (0 <= np.min(self.targets) and np.max(self.targets) < shape[1]):
+            raise DataError(f"the evaluation has targets outside of its {shape[1]} classes")
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(frozen=True, eq=False)
+class ReportData:
+    """Everything that the page shows. Parts that are missing are left out of it.
+
+    Attributes:
+        title: Heading of the page.
+        run: Name of the run.
+        created: When the run was made, ready to print.
+        student: The trained network; in a supervised run the only one.
+        teachers: One or several; empty in a supervised run.
+        baseline: The same student trained alone.
+        command: The command line that made the run.
+        data: Name of the data set.
+        split: Name of the evaluated split.
+        method: Name of the distillation method, empty in a supervised run.
+        options: The method's options.
+        curves: The run's training curves.
+        baseline_curves: The baseline's.
+        classes: Class names in index order; numbered names where empty.
+        evaluation: Answers on the evaluated split.
+        thumbnail: Gives the picture of sample ``index`` of the evaluation; may raise where it cannot be read.
+        environment: Versions, devices, commit; nested mappings are flattened.
+        config: The run's resolved ``config.yaml`` as text.
+        messages: What the run said, as (level, text); level ``info`` or ``warning``.
+        preflight: Findings about the teacher, as (status, text); status ``ok``, ``warning``, ``error`` or another word.
+        exports: Exported files.
+        skipped: Images that could not be read, as (name, reason).
+    """
+
+    title: str
+    run: str
+    created: str
+    student: ModelRow
+    teachers: tuple[ModelRow, ...] = ()
+    baseline: ModelRow | None = None
+    command: str = ""
+    data: str = ""
+    split: str = "val"
+    method: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    curves: Curves | None = None
+    baseline_curves: Curves | None = None
+    classes: tuple[str, ...] = ()
+    evaluation: Evaluation | None = None
+    thumbnail: Callable[[int], Image] | None = None
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    config: str = ""
+    messages: tuple[tuple[str, str], ...] = ()
+    preflight: tuple[tuple[str, str], ...] = ()
+    exports: tuple[ExportRow, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.evaluation is not None and self.classes:
+            columns = self.evaluation.student_probs.shape[1]
+            if len(self.classes) != columns:
+                raise DataError(f"the evaluation has {columns} classes, the report was given {len(self.classes)} names")
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """Class names, made up where the run has none."""
+        if self.classes or self.evaluation is None:
+            return tuple(self.classes)
+        return tuple(f"class {index}" for index in range(self.evaluation.student_probs.shape[1]))
+
+    @property
+    def distilled(self) -> bool:
+        """Whether there is a teacher to compare with."""
+        return bool(self.teachers) or (self.evaluation is not None and self.evaluation.teacher_probs is not None)
+
+
+def _number(value: Any) -> float:
+    """Return ``value`` as a float, NaN where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan

@@ -1,0 +1,31 @@
+"""What a task gives to training: its loss and its metrics."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from visionkd.types import Output, TaskName
+
+
+class Task(Protocol):
+    """A task, as seen by the training modules.
+
+    Attributes:
+        name: ``classification``, ``segmentation`` or ``detection``.
+        main_metric: Name of the metric that picks the best epoch; higher is better.
+    """
+
+    name: TaskName
+    main_metric: str
+
+    def loss(self, output: Output, target: Any) -> Tensor:
+        """Supervised loss, a scalar."""
+
+    def metrics(self) -> MetricCollection:
+        """Fresh metrics in percent, by name without prefix."""
+
+    def predictions(self, output: Output) -> Tensor:
+        """What :meth:`metrics` take as their first argument."""

@@ -1,0 +1,150 @@
+"""Plain types that every part of the project shares. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+TaskName = Literal["classification", "segmentation", "detection"]
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a network was trained to see.
+
+    Attributes:
+        img_size: Height and width in pixels.
+        mean: Mean of each RGB channel of images in [0, 1].
+        std: Standard deviation of each RGB channel of images in [0, 1].
+        interpolation: ``bilinear``, ``bicubic`` or ``nearest``, as used for resizing at evaluation.
+        crop_pct: Share of the resized image that the centre crop keeps at evaluation.
+    """
+
+    img_size: tuple[int, int] = (224, 224)
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    interpolation: str = "bilinear"
+    crop_pct: float = 0.875
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> InputSpec:
+        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        for name in ("img_size", "mean", "std"):
+            if name in known:
+                known[name] = tuple(known[name])
+        return cls(**known)
+
+
+@dataclass
+class Output:
+    """What a network answers.
+
+    Attributes:
+        logits: B x C for classification, before softmax.
+        features: Maps, B x C x H x W each, from the shallowest stage to the deepest.
+        tokens: B x N x D for a transformer, prefix tokens included.
+    """
+
+    logits: Tensor | None = None
+    features: tuple[Tensor, ...] = ()
+    tokens: Tensor | None = None
+
+
+class Source(Protocol):
+    """The samples of one split. No torch: a device without it evaluates through this protocol too."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> Image:
+        """Decode sample ``index`` as RGB with its orientation applied; raises UnreadableImageError."""
+
+    def target(self, index: int) -> Any:
+        """Class index for classification; cheap, decodes no image."""
+
+    def name(self, index: int) -> str:
+        """Path of the sample, relative to the data, for messages."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Data as opened from a DATA argument.
+
+    Attributes:
+        name: Short name for messages and reports.
+        task: Task that the layout decides.
+        classes: Class names in index order.
+        splits: ``train`` and ``val`` where present, and whatever else was found (``test``).
+        fingerprint: SHA-256 over the list of samples; changes when samples are added, removed or replaced.
+        messages: Choices made on the user's behalf, to be said aloud.
+    """
+
+    name: str
+    task: TaskName
+    classes: tuple[str, ...]
+    splits: Mapping[str, Source]
+    fingerprint: str
+    messages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One progress report.
+
+    Attributes:
+        stage: Name of the stage, such as ``distill``.
+        epoch: Epoch, counted from 1; 0 where the stage has no epochs.
+        epochs: Number of epochs.
+        step: Steps done in this epoch.
+        steps: Steps in this epoch.
+        images_per_s: Images a second since the last report.
+        eta_s: Seconds until the stage is done, if known.
+        metrics: Latest values by name, such as ``val/top1``.
+    """
+
+    stage: str
+    step: int
+    steps: int
+    epoch: int = 0
+    epochs: int = 0
+    images_per_s: float | None = None
+    eta_s: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Listener:
+    """What a workflow tells its caller while it works. This one keeps silent; the CLI prints."""
+
+    def message(self, text: str, *, level: Literal["info", "warning"] = "info") -> None:
+        """A sentence for the user."""
+
+    def stage(self, name: str, title: str, number: int, total: int) -> None:
+        """A stage begins; ``number`` counts from 1."""
+
+    def progress(self, progress: Progress) -> None:
+        """Work went on."""
+
+    def epoch_end(self, progress: Progress) -> None:
+        """An epoch ended, with its final metrics."""
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """One line of a result table: a model and its measured values, by name with the unit in the name."""
+
+    model: str
+    values: Mapping[str, float | str | None]
+
+
+def columns(rows: Sequence[MetricRow]) -> list[str]:
+    """Return the names of all values in ``rows``, in order of first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row.values))

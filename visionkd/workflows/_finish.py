@@ -1,0 +1,133 @@
+"""What every run ends with: package, evaluation, export, report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visionkd.benchmark.complexity import measure_complexity
+from visionkd.config.schema import RunConfig
+from visionkd.errors import WorkError
+from visionkd.files import write_text
+from visionkd.hub.package import save_package
+from visionkd.models.network import Network
+from visionkd.runtime.metrics import classification_metrics
+from visionkd.types import DataSet, Listener, MetricRow
+from visionkd.workflows._evaluation import Answers, Evaluations, answer, evaluate_together
+from visionkd.workflows._networks import load_network, stratified_subset
+from visionkd.workflows._rundir import RunDirectory
+from visionkd.workflows._training import torch_device
+
+_CPU_TEACHER_GMACS = 20_000.0  # above this, a teacher's row is measured on part of the validation split
+
+
+def package(
+    student: Network, run: RunDirectory, *, data: DataSet, config: RunConfig, listener: Listener, origin: Mapping[str, Any]
+) -> Answers:
+    """Measure the student on the whole validation split and write ``model/``."""
+    answers = _answer(student, data, config, listener)
+    if not len(answers.targets):
+        raise WorkError("No validation image could be read.", hint="List them with 'visionkd data check DATA'.")
+    metrics = classification_metrics(answers.probs, answers.targets)
+    scalars = {name: float(metrics[name]) for name in ("top1", "top5", "ece", "nll") if name in metrics}
+    save_package(student.cpu(), run.model, task=data.task, classes=data.classes, metrics=scalars, origin=dict(origin))
+    run.update(metrics={f"val/{name}": value for name, value in scalars.items()})
+    if answers.skipped:
+        listener.message(f"{len(answers.skipped)} unreadable validation images were left out", level="warning")
+    return answers
+
+
+def compare(
+    student: Network,
+    teachers: Sequence[tuple[str, Network]],
+    run: RunDirectory,
+    *,
+    data: DataSet,
+    config: RunConfig,
+    listener: Listener,
+    student_answers: Answers,
+) -> tuple[MetricRow, ...]:
+    """Put student, teachers and baseline side by side, and write ``evaluation.npz`` and ``comparison.json``."""
+    source = data.splits["val"]
+    gpu = torch_device(config.compute).type != "cpu"
+    heavy = sum(measure_complexity(teacher).macs_g for _, teacher in teachers) * len(source)
+    if not gpu and heavy > _CPU_TEACHER_GMACS:
+        count = max(10 * len(data.classes), int(len(source) * _CPU_TEACHER_GMACS / heavy))
+        source = stratified_subset(source, count, seed=config.training.seed)
+        if len(source) < len(data.splits["val"]):
+            listener.message(f"The comparison with the teacher is on {len(source)} of {len(data.splits['val'])} validation images")
+    networks: list[tuple[str, Network]] = [("student", student), *(("teacher" + str(n), t) for n, (_, t) in enumerate(teachers))]
+    baseline = _baseline(config, data, listener)
+    if baseline is not None:
+        networks.append(("baseline", baseline))
+
+    def run_one(role: str, network: Network) -> Answers:
+        if role == "student" and source is data.splits["val"]:
+            return student_answers
+        return _answer(network, data, config, listener, source=source)
+
+    evaluations, _ = evaluate_together(networks, source, run_one=run_one)
+    rows = []
+    names = {"student": student.architecture, "baseline": f"{student.architecture} alone"}
+    names |= {f"teacher{number}": name for number, (name, _) in enumerate(teachers)}
+    for role, network in networks:
+        found = classification_metrics(evaluations.probs[role], evaluations.targets)
+        cost = measure_complexity(network)
+        values: dict[str, Any] = {"role": role.rstrip("0123456789"), "top1": float(found["top1"])}
+        if len(data.classes) > 5:
+            values["top5"] = float(found["top5"])
+        values |= {"params_m": cost.params_m, "macs_g": cost.macs_g, "size_mb": _size_mb(network)}
+        rows.append(MetricRow(names[role], values))
+    teacher_probs = [evaluations.probs.pop(role) for role, _ in networks if role.startswith("teacher")]
+    if teacher_probs:
+        evaluations.probs["teacher"] = sum(teacher_probs[1:], teacher_probs[0]) / len(teacher_probs)
+    if source is not data.splits["val"]:
+        evaluations = Evaluations(evaluations.probs, evaluations.targets, source.indices[evaluations.indices], evaluations.names)
+    evaluations.save(run.path / "evaluation.npz")
+    content = {"num_images": len(evaluations.targets), "rows": [{"model": row.model, **row.values} for row in rows]}
+    write_text(run.path / "comparison.json", json.dumps(content, indent=2) + "\n")
+    return tuple(rows)
+
+
+def _answer(network: Network, data: DataSet, config: RunConfig, listener: Listener, *, source: Any = None) -> Answers:
+    device = torch_device(config.compute)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return answer(
+        network,
+        source if source is not None else data.splits["val"],
+        device=device,
+        batch_size=min(256, max(16, config.training.batch_size)),
+        workers=config.data.workers or 0,
+        listener=listener,
+    )
+
+
+def _baseline(config: RunConfig, data: DataSet, listener: Listener) -> Network | None:
+    if config.report.baseline is None:
+        return None
+    network = load_network(config.report.baseline)
+    if network.classes != data.classes:
+        listener.message(f"The baseline {config.report.baseline} has other classes and is left out", level="warning")
+        return None
+    return network
+
+
+def _size_mb(network: Network) -> float:
+    return sum(tensor.numel() * tensor.element_size() for tensor in network.net.state_dict().values()) / 1e6
+
+
+def saved_rows(run: RunDirectory) -> tuple[MetricRow, ...]:
+    """Return what :func:`compare` wrote."""
+    content = json.loads((run.path / "comparison.json").read_text(encoding="utf-8"))
+    return tuple(MetricRow(row.pop("model"), row) for row in content["rows"])
+
+
+def files_of(run: RunDirectory) -> dict[str, Path]:
+    """Return what a run made, by name."""
+    candidates = {"model": run.model, "onnx": run.path / "export" / "model.onnx", "report": run.path / "report.html"}
+    return {name: path for name, path in candidates.items() if path.exists()}

@@ -1,0 +1,155 @@
+"""The list of stages that a run consists of, and what opens and closes every run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import visionkd
+from visionkd.config.schema import NetworkConfig, RunConfig
+from visionkd.data.open import open_data
+from visionkd.errors import DataError
+from visionkd.files import write_text
+from visionkd.models.network import Network
+from visionkd.types import DataSet, Listener
+from visionkd.workflows import _finish
+from visionkd.workflows._networks import load_network, seeded_network
+from visionkd.workflows._rundir import RunDirectory
+from visionkd.workflows.results import RunResult
+
+_LIBRARIES = ("torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "pillow", "onnx", "onnxruntime")
+
+
+def open_for_training(config: RunConfig, network: NetworkConfig) -> tuple[DataSet, Network]:
+    """Open the data and create the network that trains on it, with the data's classes.
+
+    Raises:
+        DataError: If there is nothing to train or to validate on.
+    """
+    data = open_data(config.data.path, config=config.data, seed=config.training.seed, task=config.task)
+    created = seeded_network(network, data=data, seed=config.training.seed, role="student")
+    if config.data.path == "shapes" and config.data.shapes.size is None:  # scenes are drawn at the size that is looked at
+        config.data.shapes.size = min(640, max(32, *created.input.img_size))
+        data = open_data(config.data.path, config=config.data, seed=config.training.seed, task=config.task)
+    for split in ("train", "val"):
+        if not len(data.splits.get(split, ())):
+            raise DataError(f"{data.name} has no images in its split '{split}'.", hint=f"Look at it with 'visionkd data check {config.data.path}'.")
+    return data, created
+
+
+class Stages:
+    """Runs each stage once, whatever happened to the process that ran it before."""
+
+    def __init__(self, run: RunDirectory, listener: Listener, names: Sequence[str], config: RunConfig) -> None:
+        self.run, self.listener, self.names, self.config = run, listener, list(names), config
+
+    @contextmanager
+    def stage(self, name: str, title: str) -> Iterator[bool]:
+        """Announce a stage and mark it done at the end of the block; yields whether there is anything to do."""
+        todo = not self.run.is_done(name)
+        if todo:
+            self.listener.stage(name, title, self.names.index(name) + 1, len(self.names))
+        yield todo
+        if todo and self.run.writes:
+            self.run.mark_done(name)
+
+    def finish(
+        self, network: Network, teachers: Sequence[tuple[str, Network]], *, data: DataSet, origin: Mapping[str, Any]
+    ) -> RunResult:
+        """Package, compare, export and report what was trained."""
+        run, config, listener = self.run, self.config, self.listener
+        network.requires_grad_(False).eval()
+        answers = None
+        with self.stage("package", "Package the model") as todo:
+            if todo:
+                described = {**origin, "data": data.name, "data_fingerprint": data.fingerprint, "visionkd": visionkd.__version__}
+                answers = _finish.package(network, run, data=data, config=config, listener=listener, origin=described)
+            else:
+                network = load_network(str(run.model))
+        with self.stage("compare", "Compare the networks") as todo:
+            if todo:
+                _finish.compare(
+                    network, teachers, run, data=data, config=config, listener=listener, student_answers=answers
+                )
+        for name in config.export.formats:
+            with self.stage(name, f"Export to {name.upper()}") as todo:
+                if todo:
+                    self._export(name, data)
+        if config.report.enabled:
+            with self.stage("report", "Write the report"):
+                from visionkd.workflows.report import report
+
+                report(run=str(run.path), baseline=config.report.baseline)
+        metrics = {name: value for name, value in run.status["metrics"].items() if value is not None}
+        return RunResult(run.path, metrics, _finish.saved_rows(run), _finish.files_of(run))
+
+    def _export(self, name: str, data: DataSet) -> None:
+        from visionkd.workflows.export import export_network
+
+        found = export_network(
+            load_network(str(self.run.model)),
+            self.run.path / "export" / "model.onnx",
+            source=data.splits["val"],
+            verify_images=self.config.export.verify_images,
+            listener=self.listener,
+        )
+        record = {"format": name, "file": found.file.name, "size_mb": found.size_mb, "max_abs_diff": found.max_abs_diff}
+        record |= {"top1_torch": found.top1_torch, "top1_exported": found.top1_exported}
+        record |= {"num_verify_images": found.num_verify_images}
+        write_text(self.run.path / "export" / "export.json", json.dumps([record], indent=2) + "\n")
+
+
+def write_environment(run: RunDirectory, command: str) -> None:
+    """Write ``environment.json``."""
+    if not run.writes:
+        return
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    content = {
+        "command": command,
+        "visionkd": visionkd.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "libraries": versions,
+    }
+    write_text(run.path / "environment.json", json.dumps(content, indent=2) + "\n")
+
+
+def _commit() -> str | None:
+    """Commit of the source checkout that runs, None for an installed package."""
+    root = Path(visionkd.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,83 @@
+"""What the workflows return."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from visionkd.types import MetricRow
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    Attributes:
+        run: The run directory.
+        metrics: Final metrics of the packaged network, such as ``val/top1``.
+        table: Networks side by side.
+        files: What was made, by name: ``model``, ``onnx``, ``report``.
+    """
+
+    run: Path
+    metrics: Mapping[str, float]
+    table: tuple[MetricRow, ...] = ()
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Metrics in percent of a model on a split; ``skipped`` names images that could not be read."""
+
+    model: str
+    data: str
+    split: str
+    num_images: int
+    metrics: Mapping[str, float]
+    per_class: Mapping[str, float]
+    skipped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable classes of one image, most probable first; ``saved`` is the picture they were drawn on."""
+
+    image: Path
+    labels: tuple[str, ...]
+    probs: tuple[float, ...]
+    saved: Path | None = None
+
+
+@dataclass(frozen=True)
+class PredictResult:
+    """Predictions, and the images that could not be read with the reason."""
+
+    predictions: tuple[Prediction, ...]
+    skipped: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """An exported file and how it was checked: largest difference of a logit, and top-1 in percent before and after."""
+
+    file: Path
+    size_mb: float
+    max_abs_diff: float
+    top1_torch: float | None
+    top1_exported: float | None
+    num_verify_images: int
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Models side by side."""
+
+    rows: tuple[MetricRow, ...]
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """The written page."""
+
+    file: Path
