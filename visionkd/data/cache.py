@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from visionkd.types import Source
 
 AUTO_LIMIT_BYTES = 1_000_000_000
 _PROBES = 16
-_CHUNK = 256
+_PART = 64
 _RESERVE = 1.1
 
 
@@ -87,17 +88,17 @@ def build_cache(
     pixels = torch.empty(expected, dtype=torch.uint8)
     offsets, shapes = np.zeros(count, dtype=np.int64), np.zeros((count, 2), dtype=np.int32)
 
-    def decode(index: int) -> np.ndarray | None:
-        try:
-            return np.asarray(source.load(index))
-        except UnreadableImageError:
-            return None
+    def decode(indices: range) -> list[np.ndarray | None]:
+        return [_decode(source, index) for index in indices]
 
     used = 0
-    with ThreadPoolExecutor(len(_affinity())) as pool:
-        for start in range(0, count, _CHUNK):
-            chunk = range(start, min(start + _CHUNK, count))
-            for index, array in zip(chunk, pool.map(decode, chunk), strict=True):
+    workers = len(_affinity())
+    with ThreadPoolExecutor(workers) as pool:
+        # A few parts at a time: decoded images wait only for those before them.
+        for start in range(0, count, _PART * workers):
+            stop = min(start + _PART * workers, count)
+            parts = [range(first, min(first + _PART, stop)) for first in range(start, stop, _PART)]
+            for index, array in zip(range(start, stop), itertools.chain(*pool.map(decode, parts)), strict=True):
                 if array is None:
                     continue
                 if used + array.size > len(pixels):
@@ -106,12 +107,19 @@ def build_cache(
                     grown = torch.empty(int(len(pixels) * 1.5) + array.size, dtype=torch.uint8)
                     grown[:used] = pixels[:used]
                     pixels = grown
-                pixels[used : used + array.size] = torch.from_numpy(array.reshape(-1).copy())
+                pixels.numpy()[used : used + array.size] = array.reshape(-1)
                 offsets[index], shapes[index] = used, array.shape[:2]
                 used += array.size
             if progress is not None:
-                progress(chunk.stop, count)
+                progress(stop, count)
     return CachedSource(source, pixels[:used], offsets, shapes)
+
+
+def _decode(source: Source, index: int) -> np.ndarray | None:
+    try:
+        return np.asarray(source.load(index))
+    except UnreadableImageError:
+        return None
 
 
 def _affinity() -> set[int]:

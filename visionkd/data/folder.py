@@ -49,7 +49,11 @@ class FolderSource:
     """
 
     def __init__(
-        self, root: str | os.PathLike[str], names: Sequence[str], targets: Sequence[int], empty_classes: Sequence[str] = ()
+        self,
+        root: str | os.PathLike[str],
+        names: Sequence[str],
+        targets: Sequence[int],
+        empty_classes: Sequence[str] = (),
     ) -> None:
         self.root = os.path.abspath(root)
         self.targets = np.asarray(targets, dtype=np.int64)

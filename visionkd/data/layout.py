@@ -185,7 +185,7 @@ def _some(names: Sequence[str], most: int = 5) -> str:
 
 
 def _refuse_other_tasks(paths: list[list[str]], dirs: list[list[str]], where: str) -> None:
-    """Raise for layouts of segmentation and detection, which would otherwise be read as classes 'images' and 'labels'."""
+    """Raise for layouts of segmentation and detection, whose folders would otherwise be read as classes."""
     by_parent: dict[tuple[str, ...], set[str]] = defaultdict(set)
     for parts in dirs:
         by_parent[tuple(parts[:-1])].add(parts[-1].lower())

@@ -1,13 +1,14 @@
 """Batches for training and evaluation.
 
-Training is repeatable from any point: which samples batch ``k`` of an epoch holds follows from (seed, epoch) alone, and
-how sample ``i`` looks follows from (seed, view, i) alone. Neither depends on the number of loader processes, on the rank,
-or on what was drawn before.
+Training is repeatable from any point: which samples batch ``k`` of an epoch holds follows from (seed, epoch) alone,
+and how sample ``i`` looks follows from (seed, view, i) alone. Neither depends on the number of loader processes, on the
+rank, or on what was drawn before.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -34,15 +35,15 @@ def view_seed(seed: int, view: int, index: int) -> int:
 
 
 def default_workers(world_size: int = 1) -> int:
-    """Loader processes for each of ``world_size`` training processes on this machine: one processor stays for training."""
+    """Loader processes for each of ``world_size`` training processes here; one processor is left for each of these."""
     return max(1, min(_MOST_WORKERS, len(_affinity()) // max(1, world_size) - 1))
 
 
 class PositionedSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (index, view) pairs, from any position.
 
-    Global batch ``k`` of an epoch is ``order[k * B * W : (k + 1) * B * W]`` for W ranks of batch size B; each rank takes its
-    contiguous part. W ranks together therefore see exactly what one process sees with batch size B * W.
+    Global batch ``k`` of an epoch is ``order[k * B * W : (k + 1) * B * W]`` for W ranks of batch size B; each rank
+    takes its contiguous part. W ranks together therefore see exactly what one process sees with batch size B * W.
 
     Args:
         num_samples: Samples in all.
@@ -202,8 +203,8 @@ def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 class _Loader(DataLoader):
     """A DataLoader whose datasets deliver finished batches.
 
-    It has a random generator of its own: the default one, which training may draw dropout from, is left untouched by the
-    start of an epoch, and a run resumed in the middle of one stays in step.
+    It has a random generator of its own: the default one, which training may draw dropout from, is left untouched by
+    the start of an epoch, and a run resumed in the middle of one stays in step.
     """
 
     def __init__(self, dataset: _Batches, batch_sampler: Any, workers: int) -> None:
@@ -226,8 +227,8 @@ class _Loader(DataLoader):
 class TrainLoader(_Loader):
     """Endless in epochs, exact in position; see :class:`PositionedSampler`.
 
-    Batches hold ``image`` (uint8, B x 3 x H x W), ``target``, ``index``, ``unreadable`` (the index of the sample whose place
-    was taken by another, else -1) and, where views are counted, ``view``; all but the first int64, B.
+    Batches hold ``image`` (uint8, B x 3 x H x W), ``target``, ``index``, ``unreadable`` (the index of the sample whose
+    place was taken by another, else -1) and, where views are counted, ``view``; all but the first int64, B.
     """
 
     batch_sampler: PositionedSampler
@@ -252,7 +253,7 @@ class TrainLoader(_Loader):
 
 
 class EvalBatchSampler(Sampler[list[int]]):
-    """Batches of indices in order, shared out over ranks so that each index is seen once and all ranks take as many steps.
+    """Batches of indices in order, shared out over ranks: each index is seen once, and all ranks take as many steps.
 
     Args:
         num_samples: Samples in all.
@@ -264,7 +265,7 @@ class EvalBatchSampler(Sampler[list[int]]):
     def __init__(self, num_samples: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
         indices = np.arange(rank, num_samples, world_size)
         batches = [indices[start : start + batch_size].tolist() for start in range(0, len(indices), batch_size)]
-        steps = -(-(-(-num_samples // world_size)) // batch_size)
+        steps = math.ceil(math.ceil(num_samples / world_size) / batch_size)
         # A rank with one sample less may be a batch short: ranks that wait for one another would hang.
         if batches and len(batches) < steps and len(batches[-1]) > 1:
             last = batches.pop()
@@ -279,7 +280,7 @@ class EvalBatchSampler(Sampler[list[int]]):
 
 
 class EvalLoader(_Loader):
-    """Batches hold ``image``, ``target`` and ``index`` of the readable samples, and ``unreadable``, the indices left out."""
+    """Batches hold ``image``, ``target``, ``index`` of readable samples; ``unreadable`` lists the indices left out."""
 
 
 def _maybe_cached(
@@ -326,9 +327,7 @@ def train_loader(
         progress: Called with images decoded and images in all while the cache is filled.
     """
     source = _maybe_cached(source, cache, epochs, progress)
-    sampler = PositionedSampler(
-        len(source), batch_size, seed=seed, rank=rank, world_size=world_size, views=views
-    )
+    sampler = PositionedSampler(len(source), batch_size, seed=seed, rank=rank, world_size=world_size, views=views)
     workers = default_workers(world_size) if workers is None else workers
     return TrainLoader(_TrainBatches(source, transform, seed, views is not None), sampler, workers)
 

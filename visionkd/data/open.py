@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 from visionkd.config.schema import DataConfig
@@ -17,6 +18,7 @@ from visionkd.types import DataSet, Source
 SHAPES = "shapes"
 # Far beyond any number of training scenes, and a multiple of the number of classes.
 _VAL_SCENES = 1 << 40
+_TRAINED = ("train", "all")
 
 
 def known_names() -> tuple[str, ...]:
@@ -37,8 +39,8 @@ def open_data(
         task: ``auto`` or ``classification``; other tasks are refused.
 
     Returns:
-        The data set. Splits are ``train`` and ``val`` where present, whatever else was found (``test``), and ``all`` for a
-        folder of classes without splits, which evaluation of such a folder wants.
+        The data set. Splits are ``train`` and ``val`` where present, whatever else was found (``test``), and ``all``
+        for a folder of classes without splits, which evaluation of such a folder wants.
 
     Raises:
         RequestError: If the path is unknown, or its task or split.
@@ -68,11 +70,13 @@ def open_data(
 
 
 def _open(path: str, config: DataConfig, img_size: int) -> Opened:
-    if path == SHAPES:
-        return _open_shapes(config, img_size)
-    if path in known.names():
-        return known.open_known(path)
     place = os.path.expanduser(path)
+    if path in known_names():
+        if not os.path.isdir(place) or not os.listdir(place):
+            return _open_shapes(config, img_size) if path == SHAPES else known.open_known(path)
+        opened = open_folder(place)
+        said = f"'{path}' is taken as the directory of that name here, not as the known data set."
+        return dataclasses.replace(opened, messages=(said, *opened.messages))
     if os.path.isdir(place):
         return open_folder(place)
     if os.path.exists(place):
@@ -110,10 +114,12 @@ def _choose_splits(opened: Opened, config: DataConfig, seed: int) -> tuple[dict[
             Problem("data.val_split", f"'{wanted}' is not a split of this data", did_you_mean(wanted, splits)),
             hint=f"Found: {found}.",
         )
-    if wanted is not None and wanted != "all":
-        said = [] if wanted == "val" else [f"Validating on the split '{wanted}'."]
+    if wanted is not None:
         splits["val"] = splits[wanted]
-        return splits, said
+        if wanted == "all":
+            splits["train"] = splits["all"]
+        seen = ", which is trained on too: its accuracy says nothing about new images" if wanted in _TRAINED else ""
+        return splits, [] if wanted == "val" else [f"Validating on the split '{wanted}'{seen}."]
     if "val" in splits:
         return splits, []
     if "test" in splits:

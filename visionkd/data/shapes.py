@@ -1,7 +1,7 @@
 """The embedded data set: scenes of coloured shapes over textured backgrounds, drawn on the fly.
 
-A scene follows from (seed, index) alone and has the same composition at every size. Its class is the kind of its largest
-object; smaller objects distract, cover a part of it or stand behind it.
+A scene follows from (seed, index, size), and (seed, index) decides what it shows whatever the size. Its class is the
+kind of its largest object; smaller objects distract, cover a part of it or stand behind it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TEXTURES = ("shaded", "striped", "cloudy", "checked")
 _NAMES = tuple(COLOURS)
 _RGB = np.array(list(COLOURS.values()), dtype=np.float32)
 _MAIN_AREA = (0.05, 0.16)
-_OTHER_AREA = (0.2, 0.6)  # of the main object's
+_OTHER_AREA = (0.15, 0.5)  # of the main object's
 _VISIBLE = 0.6  # least share of an object that others leave in sight
 _DRAWS = 64
 

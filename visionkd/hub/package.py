@@ -90,7 +90,9 @@ def load_package(directory: str | os.PathLike[str]) -> tuple[Network, dict[str, 
     """
     directory = Path(directory)
     inner = directory / "model"
-    return load_packaged(inner if not (directory / CARD_FILE).is_file() and (inner / CARD_FILE).is_file() else directory)
+    return load_packaged(
+        inner if not (directory / CARD_FILE).is_file() and (inner / CARD_FILE).is_file() else directory
+    )
 
 
 def _swap(temporary: Path, directory: Path) -> None:

@@ -20,7 +20,7 @@ CIFAR_STD = (0.2470, 0.2435, 0.2616)
 
 
 class PadShortcut(nn.Module):
-    """Shortcut without parameters: every ``stride``-th pixel, new channels filled with zeros (option A of the paper)."""
+    """Shortcut without parameters: every ``stride``-th pixel, new channels filled with zeros (the paper's option A)."""
 
     def __init__(self, in_chs: int, out_chs: int, stride: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class CifarResNet(nn.Module):
         num_classes: Outputs; 0 leaves the classifier out.
         in_chans: Channels of the images.
         width: Multiplier of all channel counts (16, 32, 64).
-        shortcut: ``conv`` takes a 1 x 1 convolution where the shape changes, ``pad`` the paper's parameter-free option A.
+        shortcut: ``conv`` takes a 1 x 1 convolution where the shape changes, ``pad`` the paper's option A.
         global_pool: timm's name of the pooling before the classifier.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Largest stochastic depth rate; it grows linearly with depth.

@@ -31,7 +31,7 @@ class AlignResult:
 
 @functools.lru_cache(maxsize=4)
 def imagenet_classes(num_classes: int) -> tuple[str, ...] | None:
-    """Return the WordNet ids of the ImageNet list with ``num_classes`` classes, in output order; None if there is none."""
+    """Return the WordNet ids of the ImageNet list with ``num_classes`` classes, in output order; None without one."""
     subset = _SUBSETS.get(num_classes)
     return None if subset is None else tuple(ImageNetInfo(subset).label_names())
 
@@ -70,7 +70,9 @@ def align_classes(
             note = f"the model's {num_outputs} outputs have no names; they are taken in the order of the data's classes"
             return AlignResult(tuple(range(count)), note, identity=True)
         else:
-            return AlignResult(None, f"the model has {num_outputs} outputs without names, and the data has {count} classes")
+            return AlignResult(
+                None, f"the model has {num_outputs} outputs without names, and the data has {count} classes"
+            )
     if list(model_classes) == list(data_classes):
         return AlignResult(tuple(range(count)), f"the model's {count} classes are the data's", identity=True)
     columns = _columns(list(model_classes), list(data_classes))
@@ -84,8 +86,12 @@ def align_classes(
     if columns == tuple(range(num_outputs)):
         return AlignResult(columns, f"the model's {count} classes are the data's", identity=True)
     if count == num_outputs:
-        return AlignResult(columns, f"the model has the data's {count} classes in another order; its outputs are reordered")
-    return AlignResult(columns, f"the data's {count} classes are {count} of the model's {num_outputs}; the others are left out")
+        return AlignResult(
+            columns, f"the model has the data's {count} classes in another order; its outputs are reordered"
+        )
+    return AlignResult(
+        columns, f"the data's {count} classes are {count} of the model's {num_outputs}; the others are left out"
+    )
 
 
 def _columns(model_classes: list[str], data_classes: list[str]) -> tuple[int, ...] | None:

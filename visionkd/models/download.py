@@ -15,7 +15,18 @@ from visionkd.errors import DownloadError, VisionKDError
 from visionkd.models.names import quiet_libraries
 
 PROBE_TIMEOUT_S = 4.0
-_NETWORK_PACKAGES = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "urllib", "http", "socket")
+_NETWORK_PACKAGES = (
+    "huggingface_hub",
+    "httpx",
+    "httpx2",
+    "httpcore",
+    "httpcore2",
+    "requests",
+    "urllib3",
+    "urllib",
+    "http",
+    "socket",
+)
 _reachable: dict[str, bool] = {}
 
 

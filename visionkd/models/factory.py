@@ -26,7 +26,11 @@ from visionkd.types import InputSpec
 
 __all__ = ["Network", "Resolved", "create_network", "known_names", "load_packaged", "resolve_name"]
 
-_OWN_ARGS = {"num_classes": "the data decides it", "pretrained": "use --no-pretrained", "img_size": "use img_size beside args"}
+_OWN_ARGS = {
+    "num_classes": "the data decides it",
+    "pretrained": "use --no-pretrained",
+    "img_size": "use img_size beside args",
+}
 # Images this small are the whole picture already: there is no margin to crop away.
 _NO_CROP_UP_TO_PX = 64
 
@@ -110,7 +114,11 @@ def _from_timm(resolved: Resolved, config: NetworkConfig, num_classes: int | Non
         pretrained, notes = _weights_or_none(config, known.has_weights, in_training)
         if config.img_size is not None and known.fixed_input_size:
             kwargs["img_size"] = config.img_size
-        net = _fetch_timm(name, known, kwargs, config) if pretrained else _build_timm(name, kwargs, config, pretrained=False)
+        net = (
+            _fetch_timm(name, known, kwargs, config)
+            if pretrained
+            else _build_timm(name, kwargs, config, pretrained=False)
+        )
         cfg, architecture, tag = net.pretrained_cfg, resolved.architecture, net.pretrained_cfg.get("tag")
     kwargs["num_classes"] = net.num_classes
     spec = _timm_input(cfg, config.img_size)
@@ -171,8 +179,7 @@ def _from_file(resolved: Resolved, config: NetworkConfig) -> Network:
                 f"'{resolved.path}' does not say which architecture its weights are for",
                 hint=f"Write ARCHITECTURE@FILE, for example resnet18@{resolved.path}",
             )
-        card = {name: json_or_none(metadata.get(name)) for name in ("model_args", "num_classes", "classes", "input")}
-        card |= {"architecture": metadata["architecture"], "source": metadata.get("source", "timm")}
+        card = _card_in(metadata)
         if card["model_args"] is None or card["input"] is None:
             raise RequestError(
                 f"'{resolved.path}' lacks the arguments of its architecture",
@@ -180,20 +187,36 @@ def _from_file(resolved: Resolved, config: NetworkConfig) -> Network:
             )
         return _rebuild(card, tensors, path=resolved.path)
     architecture, library = resolved.architecture, resolved.library
+    if metadata.get("architecture") == architecture and metadata.get("source") == library and not config.args:
+        return _rebuild(_card_in(metadata), tensors, path=resolved.path)
     kwargs = dict(config.args)
+    if library == "timm":
+        if config.img_size is not None and get_pretrained_cfg(architecture).fixed_input_size:
+            kwargs["img_size"] = config.img_size
+    else:
+        # Files published by torchvision hold auxiliary heads, and expect what goes with them.
+        published = any(torchvision_zoo.is_auxiliary(key) for key in tensors)
+        kwargs = {**torchvision_zoo.fixed_args(architecture, published), **kwargs}
+        tensors = {key: value for key, value in tensors.items() if not torchvision_zoo.is_auxiliary(key)}
     with torch.device("meta"):  # shapes and names alone: nothing is allocated
         skeleton = _guarded(config, lambda: _bare(library, architecture, kwargs))
-    heads = head_names(skeleton, library)
     tensors = strip_prefixes(tensors, skeleton.state_dict())
-    kwargs["num_classes"] = infer_num_classes(tensors, heads) or skeleton_classes(skeleton, library)
+    default = skeleton.num_classes if library == "timm" else 1000
+    kwargs["num_classes"] = infer_num_classes(tensors, head_names(skeleton, library)) or default
     net = _guarded(config, lambda: _bare(library, architecture, kwargs))
     load_tensors(net, tensors, path=resolved.path, architecture=architecture)
     if library == "timm":
-        spec = _timm_input(net.pretrained_cfg, None)
+        spec = _timm_input(net.pretrained_cfg, kwargs.get("img_size"))
     else:
         spec = torchvision_zoo.input_spec(torchvision_zoo.weights(architecture, resolved.tag))
     note = f"'{resolved.path}' does not carry its input statistics: those of {architecture} are taken"
     return Network(net, architecture=architecture, source=library, input=spec, model_args=kwargs, notes=(note,))
+
+
+def _card_in(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the metadata of a safetensors file says about its network."""
+    card = {name: json_or_none(metadata.get(name)) for name in ("model_args", "num_classes", "classes", "input")}
+    return {**card, "architecture": metadata["architecture"], "source": metadata.get("source", "timm")}
 
 
 def _rebuild(card: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], *, path: Path) -> Network:
@@ -247,11 +270,6 @@ def _bare(library: str, architecture: str, kwargs: dict[str, Any]) -> nn.Module:
     return torchvision_zoo.build(architecture, {**torchvision_zoo.fixed_args(architecture, False), **kwargs})
 
 
-def skeleton_classes(net: nn.Module, library: str) -> int:
-    """Return the number of outputs that ``net`` has by default."""
-    return net.num_classes if library == "timm" else 1000
-
-
 def _guarded(config: NetworkConfig, build: Any) -> Any:
     """Run ``build``; what a constructor objects to becomes a message about the request."""
     try:
@@ -279,7 +297,9 @@ def _check_args(config: NetworkConfig) -> None:
         if name in config.args:
             raise RequestError(f"args of '{config.name}' may not hold '{name}': {reason}")
     if config.args.get("in_chans", 3) != 3:
-        raise RequestError(f"'{config.name}': in_chans={config.args['in_chans']} is not supported; images are RGB, in_chans 3")
+        raise RequestError(
+            f"'{config.name}': in_chans={config.args['in_chans']} is not supported; images are RGB, in_chans 3"
+        )
 
 
 def _weights_or_none(config: NetworkConfig, published: bool, in_training: bool) -> tuple[bool, tuple[str, ...]]:
@@ -319,8 +339,9 @@ def _resize_input(network: Network, config: NetworkConfig) -> None:
         return
     if network.source == "timm" and get_pretrained_cfg(network.architecture).fixed_input_size:
         if not hasattr(network.net, "set_input_size"):
+            height, width = network.input.img_size
             raise RequestError(
-                f"'{config.name}' was built for {network.input.img_size[0]} x {network.input.img_size[1]} pixels and cannot change",
+                f"'{config.name}' was built for {height} x {width} pixels and cannot change",
                 hint="Leave img_size out: images are resized to what the network takes.",
             )
         _guarded(config, lambda: network.net.set_input_size(img_size=size))
@@ -333,12 +354,14 @@ def _fit_head(network: Network, num_classes: int | None, classes: tuple[str, ...
     if num_classes is not None and network.num_classes != num_classes:
         # Silent where the head was published with the weights: everybody expects it to go.
         if network.pretrained_tag is None:
-            note = f"'{network.architecture}' has {network.num_classes} outputs: a fresh classifier with {num_classes} takes their place"
+            note = f"'{network.architecture}' has {network.num_classes} outputs: a fresh classifier has {num_classes}"
             network.notes = (*network.notes, note)
         network.reset_classifier(num_classes, classes)
     elif classes is not None:
         if network.classes is not None and network.classes != classes and network.pretrained_tag is None:
-            note = f"'{network.architecture}' was trained for other classes: a fresh classifier takes the place of its own"
+            note = (
+                f"'{network.architecture}' was trained for other classes: a fresh classifier takes the place of its own"
+            )
             network.notes = (*network.notes, note)
             network.reset_classifier(num_classes, classes)
         network.classes = classes

@@ -157,11 +157,13 @@ def _file(name: str, architecture: str | None, path: Path) -> Resolved:
         raise RequestError(f"'{name}': there is no file '{path}'", hint="Name an existing file after the '@'.")
     if path.is_dir():
         raise RequestError(
-            f"'{name}': '{path}' is a directory", hint="Name the weight file in it, or the directory alone if it is a package."
+            f"'{name}': '{path}' is a directory",
+            hint="Name the weight file in it, or the directory alone if it is a package.",
         )
     if path.suffix == ".onnx":
         raise RequestError(
-            f"'{path}' is an ONNX file: it can be evaluated, benchmarked and used to predict, but not be trained or taught from",
+            f"'{path}' is an ONNX file: it can be evaluated, benchmarked and used to predict, but not be trained or "
+            "taught from",
             hint="Name the run directory or the packaged model that it was exported from.",
         )
     if architecture is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -135,13 +135,37 @@ class Network(nn.Module):
         heads = _heads(self)
         fitting = [head for head in heads if head.weight.numel() == weight.numel() and head.bias is not None]
         if not heads or len(fitting) != len(heads):
-            raise WorkError(
-                f"the classifier of '{self.architecture}' is not linear in its embedding, so no probe can be put in its place",
-                hint="Train the whole teacher instead: --fit-teacher finetune",
-            )
+            raise self._no_linear_head("no probe can take its place")
         for head in heads:  # distilled DeiTs average two heads; equal ones give the average embedding's logits
             head.weight.copy_(weight.reshape(head.weight.shape))
             head.bias.copy_(bias)
+
+    @torch.no_grad()
+    def select_classes(self, columns: Sequence[int], classes: tuple[str, ...] | None = None) -> None:
+        """Keep the outputs in ``columns``, in this order, and forget the others.
+
+        Args:
+            columns: Indices of the outputs to keep.
+            classes: Their names; None takes those that the outputs have.
+        """
+        columns = list(columns)
+        heads = _heads(self)
+        if not heads or any(head.weight.shape[0] != self.num_classes for head in heads):
+            raise self._no_linear_head("single classes cannot be picked from it")
+        if classes is None and self.classes is not None:
+            classes = tuple(self.classes[column] for column in columns)
+        kept = [(head.weight[columns], None if head.bias is None else head.bias[columns]) for head in heads]
+        self.reset_classifier(len(columns), classes)
+        for head, (weight, bias) in zip(_heads(self), kept, strict=True):
+            head.weight.copy_(weight)
+            if bias is not None:
+                head.bias.copy_(bias)
+
+    def _no_linear_head(self, consequence: str) -> WorkError:
+        return WorkError(
+            f"the classifier of '{self.architecture}' is not a linear layer on its embedding, so {consequence}",
+            hint="Train the whole teacher on the data's classes instead: --fit-teacher finetune",
+        )
 
     def extra_repr(self) -> str:
         height, width = self.input.img_size

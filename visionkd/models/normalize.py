@@ -39,7 +39,7 @@ class Normalize(nn.Module):
 
 
 def resize(image: Tensor, img_size: tuple[int, int], interpolation: str) -> Tensor:
-    """Resize ``image``, B x C x H x W in [0, 1], to ``img_size`` pixels with antialiasing; a fitting one is returned as is.
+    """Resize ``image``, B x C x H x W in [0, 1], to ``img_size`` pixels antialiased; a fitting one stays as it is.
 
     The comparison is between plain numbers, so an exported or compiled graph holds no resize where none is needed.
     """

@@ -32,7 +32,9 @@ def read_card(directory: Path) -> dict[str, Any]:
     if written != FORMAT:
         raise DataError(
             f"'{path}' has format {written}, and this version reads format {FORMAT}",
-            hint="Update visionkd: pip install --upgrade visionkd" if isinstance(written, int) else "Package the model again.",
+            hint="Update visionkd: pip install --upgrade visionkd"
+            if isinstance(written, int)
+            else "Package the model again.",
         )
     missing = [key for key in _REQUIRED if key not in card]
     if missing:

@@ -58,9 +58,14 @@ def input_spec(record: Any) -> InputSpec:
     )
 
 
+def is_auxiliary(key: str) -> bool:
+    """Tell whether a key of a state dict belongs to an auxiliary head, which only helps training."""
+    return key.startswith(("AuxLogits.", "aux1.", "aux2."))
+
+
 def load(net: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load published weights, past the auxiliary heads that ``net`` was built without."""
     extra = [key for key in state if key not in net.state_dict()]
-    if any(not key.startswith(("AuxLogits.", "aux1.", "aux2.")) for key in extra):
+    if any(not is_auxiliary(key) for key in extra):
         raise RequestError(f"the published weights do not fit: {', '.join(extra[:6])} are unexpected")
     net.load_state_dict({key: value for key, value in state.items() if key not in extra})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import pickle
@@ -32,7 +33,18 @@ _CONTAINERS = (
     "params",
     "weights",
 )
-_PREFIXES = ("", "module.", "_orig_mod.", "net.", "model.", "ema.module.", "student.", "teacher.", "backbone.", "network.")
+_PREFIXES = (
+    "",
+    "module.",
+    "_orig_mod.",
+    "net.",
+    "model.",
+    "ema.module.",
+    "student.",
+    "teacher.",
+    "backbone.",
+    "network.",
+)
 #: Counters of profilers and of batch norm, which decide nothing.
 _IGNORED_ENDINGS = ("total_ops", "total_params", "num_batches_tracked")
 
@@ -59,7 +71,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             "and name weights.pt instead.",
         ) from error
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        raise DataError(f"'{path}' cannot be read as a weight file: {_line(error)}", hint="Copy or download it again.") from error
+        raise DataError(
+            f"'{path}' cannot be read as a weight file: {_line(error)}", hint="Copy or download it again."
+        ) from error
     return _find_state_dict(content, path), {}
 
 
@@ -87,7 +101,9 @@ def _find_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
         if tensors:
             return tensors
         keys = ", ".join(str(key) for key in itertools.islice(content, 10))
-        raise RequestError(f"'{path}' holds no weights: its keys are {keys}", hint=f"Expected one of: {', '.join(_CONTAINERS)}")
+        raise RequestError(
+            f"'{path}' holds no weights: its keys are {keys}", hint=f"Expected one of: {', '.join(_CONTAINERS)}"
+        )
     raise RequestError(f"'{path}' holds a {type(content).__name__}, not a state dict", hint="Save module.state_dict().")
 
 
@@ -175,3 +191,13 @@ def _line(error: BaseException) -> str:
 def json_or_none(text: str | None) -> Any:
     """Parse JSON from a metadata value; None where it is absent."""
     return None if text is None else json.loads(text)
+
+
+def weights_sha256(net: nn.Module) -> str:
+    """Return a SHA-256 over names, types, shapes and values of all weights: equal for equal networks, on any device."""
+    digest = hashlib.sha256()
+    for name, value in sorted(net.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy() if value.numel() else b"")
+    return digest.hexdigest()

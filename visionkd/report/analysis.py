@@ -44,7 +44,7 @@ def topk_accuracy(probs: np.ndarray, targets: np.ndarray, k: int = 5) -> float |
         return None
     hits = 0
     for start in range(0, len(targets), CHUNK):
-        part, wanted = probs[start:start + CHUNK], targets[start:start + CHUNK]
+        part, wanted = probs[start : start + CHUNK], targets[start : start + CHUNK]
         hits += int(((part > np.take_along_axis(part, wanted[:, None], axis=1)).sum(axis=1) < k).sum())
     return 100.0 * hits / len(targets)
 
@@ -74,14 +74,20 @@ class ConfusedPair:
 
 
 def confused_pairs(matrix: np.ndarray, limit: int) -> list[ConfusedPair]:
-    """Return the most frequent mistakes, most frequent first, then by class index."""
+    """Return the most frequent mistakes, most frequent first, then by class index.
+
+    A mistake made once is no pattern: such pairs are left out, unless there are no others.
+    """
     mistakes = matrix.copy()
     np.fill_diagonal(mistakes, 0)
-    rows, cols = np.nonzero(mistakes)
+    rows, cols = np.nonzero(mistakes >= (2 if mistakes.max(initial=0) > 1 else 1))
     counts = mistakes[rows, cols]
     order = np.lexsort((cols, rows, -counts))[:limit]
     totals = matrix.sum(axis=1)
-    return [ConfusedPair(int(rows[i]), int(cols[i]), int(counts[i]), 100.0 * counts[i] / totals[rows[i]]) for i in order]
+    return [
+        ConfusedPair(int(rows[i]), int(cols[i]), int(counts[i]), float(100.0 * counts[i] / totals[rows[i]]))
+        for i in order
+    ]
 
 
 @dataclass(frozen=True)
@@ -125,8 +131,8 @@ def mean_kl(student_probs: np.ndarray, teacher_probs: np.ndarray, floor: float =
     """Return the mean over samples of KL(teacher || student) in nats; probabilities below ``floor`` count as that."""
     total = 0.0
     for start in range(0, len(student_probs), CHUNK):
-        student = np.nan_to_num(student_probs[start:start + CHUNK].astype(np.float32))
-        teacher = np.nan_to_num(teacher_probs[start:start + CHUNK].astype(np.float32))
+        student = np.nan_to_num(student_probs[start : start + CHUNK].astype(np.float32))
+        teacher = np.nan_to_num(teacher_probs[start : start + CHUNK].astype(np.float32))
         ratio = np.log(np.maximum(teacher, floor)) - np.log(np.maximum(student, floor))
         total += float((teacher * ratio).sum(dtype=np.float64))
     return total / len(student_probs) if len(student_probs) else float("nan")

@@ -92,8 +92,8 @@ class Curves:
     def read(cls, path: str | Path) -> Curves:
         """Read a CSV with the columns ``epoch``, ``step``, ``split`` and one per metric; blanks and cut lines are fine.
 
-        A training split may have several rows in an epoch: they are spread over it in order. Where a resumed run wrote a
-        row again, the later one counts.
+        A training split may have several rows in an epoch: their steps say where in it they belong. Where a resumed run
+        wrote a row again, the later one counts.
         """
         try:
             with Path(path).open(newline="", encoding="utf-8", errors="replace") as file:
@@ -120,19 +120,19 @@ class Curves:
         for (split, epoch, _), row in sorted(latest.items(), key=lambda item: item[0]):
             groups.setdefault((split, epoch), []).append(row)
 
-        names = list(dict.fromkeys(name for row in rows for name in row if isinstance(name, str)))
         points: dict[str, dict[str, list[tuple[float, float]]]] = {}
-        for name in names:
-            if name in ("epoch", "step", "split"):
-                continue
-            for (split, epoch), group in groups.items():
-                for place, row in enumerate(group, start=1):
-                    value = _number(row.get(name))
+        for (split, epoch), group in groups.items():
+            previous = groups.get((split, epoch - 1.0))
+            start = _number(previous[-1].get("step")) if previous else 0.0
+            for time, row in zip(_places(group, start), group, strict=True):
+                for name in row.keys() - {"epoch", "step", "split"}:
+                    value = _number(row[name])
                     if math.isfinite(value):
-                        time = epoch + shift - 1.0 + place / len(group)
-                        points.setdefault(name, {}).setdefault(split, []).append((time, value))
-        return cls({name: {split: Curve(*np.asarray(pairs).T) for split, pairs in by_split.items()}
-                    for name, by_split in points.items()})
+                        points.setdefault(name, {}).setdefault(split, []).append((epoch + shift - 1.0 + time, value))
+        names = dict.fromkeys(name for row in rows for name in row if name in points)
+        return cls(
+            {name: {split: Curve(*np.asarray(pairs).T) for split, pairs in points[name].items()} for name in names}
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,11 +156,15 @@ class Evaluation:
     def __post_init__(self) -> None:
         shape = np.shape(self.student_probs)
         if len(shape) != 2 or np.shape(self.targets) != shape[:1]:
-            raise DataError(f"the evaluation does not fit together: {np.shape(self.targets)} targets, {shape} student_probs")
+            raise DataError(
+                f"the evaluation does not fit together: {np.shape(self.targets)} targets, {shape} student_probs"
+            )
         for role in ("teacher_probs", "baseline_probs"):
             probs = getattr(self, role)
             if probs is not None and np.shape(probs) != shape:
-                raise DataError(f"the evaluation does not fit together: {role} is {np.shape(probs)}, student_probs {shape}")
+                raise DataError(
+                    f"the evaluation does not fit together: {role} is {np.shape(probs)}, student_probs {shape}"
+                )
         if self.names and len(self.names) != shape[0]:
             raise DataError(f"the evaluation does not fit together: {len(self.names)} names for {shape[0]} samples")
         if shape[0] and not (0 <= np.min(self.targets) and np.max(self.targets) < shape[1]):
@@ -239,6 +243,15 @@ class ReportData:
     def distilled(self) -> bool:
         """Whether there is a teacher to compare with."""
         return bool(self.teachers) or (self.evaluation is not None and self.evaluation.teacher_probs is not None)
+
+
+def _places(rows: list[dict[str, Any]], start: float) -> list[float]:
+    """Return where in their epoch, in (0, 1], its rows belong: by step, else evenly; ``start`` is the step before."""
+    steps = [_number(row.get("step")) for row in rows]
+    ordered = all(low < high for low, high in zip([start, *steps[:-1]], steps, strict=True))
+    if len(rows) == 1 or not ordered:
+        return [place / len(rows) for place in range(1, len(rows) + 1)]
+    return [(step - start) / (steps[-1] - start) for step in steps]
 
 
 def _number(value: Any) -> float:

@@ -57,8 +57,14 @@ def learning_curves(curves: Curves, baseline: Curves | None = None, *, student: 
         else:
             named = [(m, _thin(curve)) for m in metrics if (curve := curves.get(m, "train")) is not None]
             styles = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)))
-            lines = [(LegendItem("student", name.removesuffix("_loss"), "line" if i == 0 else "dashed"), curve,
-                      {"linestyle": styles[i % 4]}) for i, (name, curve) in enumerate(named[:4])]
+            lines = [
+                (
+                    LegendItem("student", name.removesuffix("_loss"), "line" if i == 0 else "dashed"),
+                    curve,
+                    {"linestyle": styles[i % 4]},
+                )
+                for i, (name, curve) in enumerate(named[:4])
+            ]
         if not any(len(curve.values) > 1 for _, curve, _ in lines):
             continue
         with canvas(*PANEL) as figure:
@@ -80,15 +86,22 @@ def learning_curves(curves: Curves, baseline: Curves | None = None, *, student: 
     return pictures
 
 
-def _compared(curves: Curves, baseline: Curves | None, metric: str, student: str) -> list[tuple[LegendItem, Curve, dict]]:
+def _compared(
+    curves: Curves, baseline: Curves | None, metric: str, student: str
+) -> list[tuple[LegendItem, Curve, dict]]:
     """Lines of student and baseline for one metric; a distilled and a plain training loss are not comparable."""
     lines: list[tuple[LegendItem, Curve, dict]] = []
     named = [("student", student, curves)] + ([("baseline", "Baseline", baseline)] if baseline is not None else [])
     for role, name, source in named:
         train = source.get(metric, "train")
         if train is not None and not (role == "baseline" and metric == "loss"):
-            lines.append((LegendItem(role, f"{name}, training", "dashed"), _thin(train),
-                          {"linestyle": (0, (3, 2)), "linewidth": 1.1, "alpha": 0.8}))
+            lines.append(
+                (
+                    LegendItem(role, f"{name}, training", "dashed"),
+                    _thin(train),
+                    {"linestyle": (0, (3, 2)), "linewidth": 1.1, "alpha": 0.8},
+                )
+            )
         val = source.get(metric, "val") or source.get(metric, "test")
         if val is not None:
             marker = {"marker": "o", "markersize": 3.0} if len(val.values) <= 30 else {}
@@ -121,9 +134,14 @@ def accuracy_against_cost(student: ModelRow, teachers: Sequence[ModelRow], basel
         rows.append(("baseline", baseline))
     rows = [(role, row) for role, row in rows if row.top1 is not None]
     backends = list(dict.fromkeys(name for _, row in rows for name in row.latency_ms))
-    costs = [("cost-params", "Parameters, M", lambda row: row.params_m), ("cost-macs", "MACs per image, G", lambda row: row.macs_g)]
-    costs += [(f"cost-latency{i}", f"Latency with {backend}, ms", lambda row, b=backend: row.latency_ms.get(b))
-              for i, backend in enumerate(backends)]
+    costs = [
+        ("cost-params", "Parameters, M", lambda row: row.params_m),
+        ("cost-macs", "MACs per image, G", lambda row: row.macs_g),
+    ]
+    costs += [
+        (f"cost-latency{i}", f"Latency with {backend}, ms", lambda row, b=backend: row.latency_ms.get(b))
+        for i, backend in enumerate(backends)
+    ]
     marks = {"student": ("o", "dot", 9.0), "teacher": ("s", "square", 8.0), "baseline": ("D", "diamond", 6.5)}
     legend = tuple(LegendItem(role, f"{shorten(row.name, 40)}, {role}", marks[role][1]) for role, row in rows)
     pictures = []
@@ -135,13 +153,17 @@ def accuracy_against_cost(student: ModelRow, teachers: Sequence[ModelRow], basel
         with canvas(PANEL[0], 180.0) as figure:
             axes = figure.add_subplot()
             for role, x, y in points:
-                axes.plot([x], [y], color=COLORS[role], marker=marks[role][0], linestyle="none", markersize=marks[role][2])
+                axes.plot(
+                    [x], [y], color=COLORS[role], marker=marks[role][0], linestyle="none", markersize=marks[role][2]
+                )
             _log_axis(axes, [x for _, x, _ in points])
             low, high = min(y for *_, y in points), max(y for *_, y in points)
             pad = max(0.2 * (high - low), 0.5)
             axes.set_ylim(low - pad, high + pad)
             # No tick above 100 %, though a mark may need the room.
-            axes.yaxis.set_major_locator(FixedLocator([y for y in MaxNLocator(5).tick_values(low - pad, high + pad) if 0 <= y <= 100]))
+            axes.yaxis.set_major_locator(
+                FixedLocator([y for y in MaxNLocator(5).tick_values(low - pad, high + pad) if 0 <= y <= 100])
+            )
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
             axes.set_ylabel("top-1, %")
             svg = to_svg(figure, key, f"Top-1 accuracy against {title}")
@@ -166,43 +188,67 @@ def _log_axis(axes: Axes, values: Sequence[float]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
 
 
-def class_bars(accuracy: Mapping[str, np.ndarray], counts: np.ndarray, classes: Sequence[str]) -> Picture | None:
+def class_bars(
+    accuracy: Mapping[str, np.ndarray], counts: np.ndarray, classes: Sequence[str], *, student: str = "Student"
+) -> Picture | None:
     """Draw one bar per class for the student, worst first, with marks for teacher and baseline.
 
     Args:
-        accuracy: ``student``, perhaps ``teacher`` and ``baseline``: percent per class, NaN without samples; length C each.
+        accuracy: ``student``, perhaps ``teacher`` and ``baseline``: percent per class, NaN without samples; length C.
         counts: Samples per class, length C.
         classes: Names, length C.
     """
-    student = accuracy["student"]
-    order = [int(i) for i in np.argsort(student, kind="stable") if counts[i]]
+    values = accuracy["student"]
+    order = [int(i) for i in np.argsort(values, kind="stable") if counts[i]]
     if not order:
         return None
     shown = order if len(classes) <= MAX_CLASSES else order[:WORST]
     place = np.arange(len(shown))
     with canvas(340.0, 34.0 + 17.0 * len(shown)) as figure:
         axes = figure.add_subplot()
-        axes.barh(place, student[shown], height=0.66, color=STUDENT, alpha=0.85, linewidth=0)
+        axes.barh(place, values[shown], height=0.66, color=STUDENT, alpha=0.85, linewidth=0)
         if "baseline" in accuracy:
-            axes.plot(accuracy["baseline"][shown], place, linestyle="none", marker="D", markersize=5.6, color=BASELINE,
-                      markeredgecolor=PAGE, markeredgewidth=0.9, clip_on=False, zorder=4)
+            axes.plot(
+                accuracy["baseline"][shown],
+                place,
+                linestyle="none",
+                marker="D",
+                markersize=5.6,
+                color=BASELINE,
+                markeredgecolor=PAGE,
+                markeredgewidth=0.9,
+                clip_on=False,
+                zorder=4,
+            )
         if "teacher" in accuracy:
-            axes.plot(accuracy["teacher"][shown], place, linestyle="none", marker="|", markersize=11, markeredgewidth=2.4,
-                      color=TEACHER, clip_on=False, zorder=3)
-        for y, value in zip(place, student[shown], strict=True):
-            axes.text(107.0, y, f"{value:.1f}", ha="right", va="center", fontsize=9, color=INK, clip_on=False)
+            axes.plot(
+                accuracy["teacher"][shown],
+                place,
+                linestyle="none",
+                marker="|",
+                markersize=11,
+                markeredgewidth=2.4,
+                color=TEACHER,
+                clip_on=False,
+                zorder=3,
+            )
+        for y, value in zip(place, values[shown], strict=True):
+            axes.text(121.0, y, f"{value:.1f}", ha="right", va="center", fontsize=9, color=INK, clip_on=False)
         axes.set_yticks(place, [shorten(classes[i], 22) for i in shown])
         axes.tick_params(axis="y", labelcolor=INK)
         axes.set_ylim(len(shown) - 0.5, -0.5)
-        axes.set_xlim(0.0, 107.0)
+        axes.set_xlim(0.0, 121.0)
         axes.set_xticks([0, 25, 50, 75, 100])
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
+        axes.spines["bottom"].set_bounds(0.0, 100.0)
         svg = to_svg(figure, "classes", "Accuracy of each class in percent")
-    legend = [LegendItem("student", "Student", "bar")]
+    legend = [LegendItem("student", student, "bar")]
     legend += [LegendItem("teacher", "Teacher", "tick")] if "teacher" in accuracy else []
     legend += [LegendItem("baseline", "Baseline", "diamond")] if "baseline" in accuracy else []
-    caption = "Percent of each class's images that are classified rightly, worst class first; the figure is the student's."
+    caption = "Percent of each class's images that are classified rightly, worst class first."
+    if len(accuracy) > 1:
+        caption += f" The number at the right is the {student.lower()}'s."
     if len(shown) < len(order):
         caption += f" Only the {len(shown)} worst of {len(order)} classes are shown."
     elif len(order) < len(classes):
@@ -245,21 +291,34 @@ def confusion_map(matrix: np.ndarray, classes: Sequence[str]) -> Picture | None:
         for spine in axes.spines.values():
             spine.set(visible=True, color=LINE)
         for row, col in zip(*np.nonzero(np.round(100 * share) >= 1), strict=True):
-            axes.text(col, row, f"{100 * share[row, col]:.0f}", ha="center", va="center", fontsize=text_size,
-                      color="#ffffff" if strength[row, col] > 0.55 else INK)
-        svg = to_svg(figure, "confusion", "Confusion matrix of the student")
+            axes.text(
+                col,
+                row,
+                f"{100 * share[row, col]:.0f}",
+                ha="center",
+                va="center",
+                fontsize=text_size,
+                color="#ffffff" if strength[row, col] > 0.55 else INK,
+            )
+        svg = to_svg(figure, "confusion", "Confusion matrix")
         width = figure.get_figwidth() * 72.0
-    caption = ("Percent of the images of the class at the left that were given the class below. "
-               "Blue: right. Orange: mistakes, on a scale of their own, the most frequent one darkest.")
+    caption = (
+        "Percent of the images of the class at the left that were given the class below. "
+        "Blue: right. Orange: mistakes, on a scale of their own, the most frequent one darkest."
+    )
     return Picture(svg, "", round(width * 1.35), min_width=round(width * 0.95), caption=caption)
 
 
-def reliability_diagram(networks: Mapping[str, Reliability]) -> Picture | None:
+def reliability_diagram(networks: Mapping[str, Reliability], *, student: str = "Student") -> Picture | None:
     """Draw accuracy over confidence for each network, and how the student's confidences are distributed."""
-    student = networks["student"]
-    if not student.counts.sum():
+    own = networks["student"]
+    if not own.counts.sum():
         return None
-    styles = {"teacher": ("s", "square", "Teacher"), "baseline": ("D", "diamond", "Baseline"), "student": ("o", "dot", "Student")}
+    styles = {
+        "teacher": ("s", "square", "Teacher"),
+        "baseline": ("D", "diamond", "Baseline"),
+        "student": ("o", "dot", student),
+    }
     with canvas(PANEL[0], 270.0) as figure:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
         top.plot([0, 1], [0, 1], color=MUTED, linewidth=1.0, linestyle=(0, (2, 2)))
@@ -269,13 +328,21 @@ def reliability_diagram(networks: Mapping[str, Reliability]) -> Picture | None:
             bins = networks[role]
             # A handful of samples says nothing about a bin.
             some = bins.counts >= max(1, min(10, bins.counts.sum() // 100))
-            top.plot(bins.confidence[some], bins.accuracy[some], color=COLORS[role], marker=styles[role][0], markersize=4.0)
+            top.plot(
+                bins.confidence[some], bins.accuracy[some], color=COLORS[role], marker=styles[role][0], markersize=4.0
+            )
         top.set_ylim(0.0, 1.03)
         top.set_xlim(0.0, 1.02)
         top.set_ylabel("right answers")
-        edges = np.linspace(0.0, 1.0, len(student.counts) + 1)
-        bottom.bar((edges[:-1] + edges[1:]) / 2, student.counts / student.counts.sum(), width=0.9 / len(student.counts),
-                   color=STUDENT, alpha=0.85, linewidth=0)
+        edges = np.linspace(0.0, 1.0, len(own.counts) + 1)
+        bottom.bar(
+            (edges[:-1] + edges[1:]) / 2,
+            own.counts / own.counts.sum(),
+            width=0.9 / len(own.counts),
+            color=STUDENT,
+            alpha=0.85,
+            linewidth=0,
+        )
         bottom.set_xlabel("confidence")
         bottom.set_ylabel("share")
         bottom.yaxis.set_major_locator(MaxNLocator(2))
@@ -284,6 +351,10 @@ def reliability_diagram(networks: Mapping[str, Reliability]) -> Picture | None:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}\u00a0%"))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}\u00a0%"))
         svg = to_svg(figure, "reliability", "Share of right answers over confidence")
-    legend = tuple(LegendItem(role, f"{name}, error {networks[role].ece:.1f}\u00a0%", mark)
-                   for role in ("teacher", "student", "baseline") if role in networks for _, mark, name in [styles[role]])
+    legend = tuple(
+        LegendItem(role, f"{name}, error {networks[role].ece:.1f}\u00a0%", mark)
+        for role in ("teacher", "student", "baseline")
+        if role in networks
+        for _, mark, name in [styles[role]]
+    )
     return Picture(svg, "", PANEL_WIDTH, legend=legend)

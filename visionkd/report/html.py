@@ -18,12 +18,24 @@ import visionkd
 from visionkd.errors import VisionKDError
 from visionkd.report import analysis, figures
 from visionkd.report.data import Evaluation, ModelRow, ReportData
-from visionkd.report.text import flatten, percent, plural, printable, quantity, shorten, signed, summary_sentence, thousands
+from visionkd.report.text import (
+    flatten,
+    percent,
+    plural,
+    printable,
+    quantity,
+    shorten,
+    signed,
+    summary_sentence,
+    thousands,
+)
 
 NUM_ERRORS = 24
 NUM_PAIRS = 20
 THUMBNAIL = 144
 """Largest side of an error picture in pixels; smaller ones are kept as they are and enlarged by the page."""
+NAME_WIDTH = 36
+"""Characters of a class name beside an error picture."""
 ROLES = ("student", "teacher", "baseline")
 
 
@@ -44,26 +56,45 @@ class ErrorTile:
 
 def render_report(data: ReportData) -> str:
     """Return the whole page; the same input gives the same text."""
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(percent=percent, quantity=quantity, printable=printable, signed=signed, thousands=thousands)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        percent=percent, quantity=quantity, printable=printable, signed=signed, thousands=thousands
+    )
     answers, data = _measure(data)
+    models = _models(data)
     context: dict[str, Any] = {
         "data": data,
         "version": visionkd.__version__,
         "summary": summary_sentence(data.student, data.teachers, data.baseline),
         "facts": _facts(data),
-        "models": _models(data),
-        "backends": _backends(data),
-        "has_top5": any(row.top5 is not None for _, row in _models(data)),
-        "curves": figures.learning_curves(data.curves, data.baseline_curves, student="Student" if data.distilled else "Model")
-        if data.curves else [],
+        "who": _who(data),
+        "models": models,
+        "backends": _backends(models),
+        "measured": {
+            name
+            for name in ("top5", "params_m", "macs_g", "size_mb")
+            if any(getattr(row, name) is not None for _, row in models)
+        },
+        "curves": figures.learning_curves(data.curves, data.baseline_curves, student=_who(data)) if data.curves else [],
         "costs": figures.accuracy_against_cost(data.student, data.teachers, data.baseline),
         "environment": flatten(data.environment),
         "options": flatten(data.options),
         "plural": plural,
-        "classes": None, "confusion": None, "pairs": (), "errors": (), "num_errors": 0,
-        "agreement": None, "baseline_agreement": None, "reliability": None, "differences": (),
+        "classes": None,
+        "confusion": None,
+        "pairs": (),
+        "errors": (),
+        "num_errors": 0,
+        "agreement": None,
+        "baseline_agreement": None,
+        "reliability": None,
+        "differences": (),
     }
     if data.evaluation is not None and len(data.evaluation):
         context.update(_evaluated(data, data.evaluation, answers))
@@ -86,8 +117,12 @@ def _measure(data: ReportData) -> tuple[dict[str, analysis.Answers], ReportData]
         row = (data.teachers[0] if len(data.teachers) == 1 else None) if role == "teacher" else getattr(data, role)
         if row is None:
             continue
-        top5 = analysis.topk_accuracy(probs, evaluation.targets) if row.top5 is None and probs.shape[1] > 5 else row.top5
-        row = replace(row, top1=found[role].top1 if row.top1 is None else row.top1, top5=top5 if probs.shape[1] > 5 else None)
+        top5 = (
+            analysis.topk_accuracy(probs, evaluation.targets) if row.top5 is None and probs.shape[1] > 5 else row.top5
+        )
+        row = replace(
+            row, top1=found[role].top1 if row.top1 is None else row.top1, top5=top5 if probs.shape[1] > 5 else None
+        )
         rows.update({"teachers": (row,)} if role == "teacher" else {role: row})
     return found, replace(data, **rows)
 
@@ -97,8 +132,13 @@ def _models(data: ReportData) -> list[tuple[str, ModelRow]]:
     return rows + ([("baseline", data.baseline)] if data.baseline is not None else [])
 
 
-def _backends(data: ReportData) -> list[str]:
-    names = dict.fromkeys(name for _, row in _models(data) for name, value in row.latency_ms.items() if value is not None)
+def _who(data: ReportData) -> str:
+    """What the page calls the trained network; without a teacher there is no student."""
+    return "Student" if data.distilled else "Model"
+
+
+def _backends(models: list[tuple[str, ModelRow]]) -> list[str]:
+    names = dict.fromkeys(name for _, row in models for name, value in row.latency_ms.items() if value is not None)
     return list(names)
 
 
@@ -110,8 +150,13 @@ def _facts(data: ReportData) -> list[tuple[str, str]]:
     if data.data:
         facts.append(("Data", data.data))
     if data.evaluation is not None:
-        facts.append(("Evaluated on", f"{plural(len(data.evaluation), 'image')} of {data.split}, "
-                                      f"{plural(len(data.class_names), 'class', 'classes')}"))
+        facts.append(
+            (
+                "Evaluated on",
+                f"{plural(len(data.evaluation), 'image')} of {data.split}, "
+                f"{plural(len(data.class_names), 'class', 'classes')}",
+            )
+        )
     return [(name, value) for name, value in facts if value]
 
 
@@ -120,7 +165,9 @@ def _evaluated(data: ReportData, evaluation: Evaluation, answers: dict[str, anal
     targets = np.asarray(evaluation.targets, dtype=np.int64)
     names = [printable(name) for name in data.class_names]
     student = answers["student"]
-    per_class = {role: analysis.class_accuracy(found.correct, targets, len(names))[0] for role, found in answers.items()}
+    per_class = {
+        role: analysis.class_accuracy(found.correct, targets, len(names))[0] for role, found in answers.items()
+    }
     counts = np.bincount(targets, minlength=len(names))
     matrix = analysis.confusion(student.pred, targets, len(names))
     picture = figures.confusion_map(matrix, names)
@@ -128,22 +175,37 @@ def _evaluated(data: ReportData, evaluation: Evaluation, answers: dict[str, anal
     theirs = answers.get("teacher")
     teacher_matrix = analysis.confusion(theirs.pred, targets, len(names)) if theirs is not None and pairs else None
     context: dict[str, Any] = {
-        "classes": figures.class_bars(per_class, counts, names),
+        "classes": figures.class_bars(per_class, counts, names, student=_who(data)),
         "confusion": picture,
-        "pairs": [(names[p.target], names[p.pred], p.count, p.share,
-                   None if teacher_matrix is None else int(teacher_matrix[p.target, p.pred])) for p in pairs],
+        "pairs": [
+            (
+                shorten(names[p.target], 60),
+                shorten(names[p.pred], 60),
+                p.count,
+                p.share,
+                None if teacher_matrix is None else int(teacher_matrix[p.target, p.pred]),
+            )
+            for p in pairs
+        ],
         "num_errors": int((~student.correct).sum()),
         "errors": [_tile(index, data, evaluation, answers) for index in analysis.confident_errors(student, NUM_ERRORS)],
-        "reliability": figures.reliability_diagram({role: analysis.reliability(found) for role, found in answers.items()}),
-        "differences": [(other, difference) for other in ("teacher", "baseline") if other in answers
-                        and (difference := analysis.paired_difference(student, answers[other])) is not None],
+        "reliability": figures.reliability_diagram(
+            {role: analysis.reliability(found) for role, found in answers.items()}, student=_who(data)
+        ),
+        "differences": [
+            (other, difference)
+            for other in ("teacher", "baseline")
+            if other in answers and (difference := analysis.paired_difference(student, answers[other])) is not None
+        ],
     }
     if theirs is not None and evaluation.teacher_probs is not None:
         context["agreement"] = analysis.agreement(
-            student, theirs, analysis.mean_kl(evaluation.student_probs, evaluation.teacher_probs))
+            student, theirs, analysis.mean_kl(evaluation.student_probs, evaluation.teacher_probs)
+        )
         if "baseline" in answers and evaluation.baseline_probs is not None:
             context["baseline_agreement"] = analysis.agreement(
-                answers["baseline"], theirs, analysis.mean_kl(evaluation.baseline_probs, evaluation.teacher_probs))
+                answers["baseline"], theirs, analysis.mean_kl(evaluation.baseline_probs, evaluation.teacher_probs)
+            )
     return context
 
 
@@ -160,10 +222,10 @@ def _tile(index: int, data: ReportData, evaluation: Evaluation, answers: dict[st
         image=image,
         pixelated=pixelated,
         name=printable(evaluation.names[index]) if evaluation.names else f"sample {index}",
-        true=shorten(names[target], 48),
-        pred=shorten(names[int(student.pred[index])], 48),
+        true=shorten(names[target], NAME_WIDTH),
+        pred=shorten(names[int(student.pred[index])], NAME_WIDTH),
         confidence=_share(float(student.confidence[index])),
-        teacher="" if teacher is None else shorten(names[int(teacher.pred[index])], 48),
+        teacher="" if teacher is None else shorten(names[int(teacher.pred[index])], NAME_WIDTH),
         teacher_confidence="" if teacher is None else _share(float(teacher.confidence[index])),
         teacher_verdict=verdict,
     )

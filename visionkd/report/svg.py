@@ -19,8 +19,15 @@ from matplotlib.figure import Figure
 
 INK, MUTED, LINE = "#0a0b01", "#0a0b02", "#0a0b03"
 STUDENT, TEACHER, BASELINE, PAGE = "#0a0b04", "#0a0b05", "#0a0b06", "#0a0b07"
-VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", STUDENT: "student", TEACHER: "teacher", BASELINE: "baseline",
-             PAGE: "page"}
+VARIABLES = {
+    INK: "ink",
+    MUTED: "muted",
+    LINE: "line",
+    STUDENT: "student",
+    TEACHER: "teacher",
+    BASELINE: "baseline",
+    PAGE: "page",
+}
 POINTS = 72.0
 """One user unit of the SVG is a point, 1/72 inch of matplotlib's figure size."""
 
@@ -30,15 +37,35 @@ STYLE = {
     "text.parse_math": False,  # a class may be called "$5_note"
     "font.family": ["DejaVu Sans"],  # only measured with; wider than system fonts, so nothing is clipped
     "font.size": 9.0,
-    "axes.edgecolor": LINE, "axes.labelcolor": MUTED, "axes.linewidth": 0.8,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none",
-    "axes.grid": True, "axes.axisbelow": True, "grid.color": LINE, "grid.linewidth": 0.6,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
     "axes.unicode_minus": True,
-    "text.color": INK, "xtick.color": LINE, "ytick.color": LINE, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED,
-    "xtick.major.size": 3.0, "ytick.major.size": 0.0, "xtick.labelsize": 9.0, "ytick.labelsize": 9.0,
-    "axes.labelsize": 9.0, "lines.linewidth": 1.7, "lines.solid_capstyle": "round", "path.simplify": True,
-    "figure.facecolor": "none", "savefig.facecolor": "none",
-    "figure.constrained_layout.use": True, "figure.constrained_layout.h_pad": 0.04, "figure.constrained_layout.w_pad": 0.04,
+    "text.color": INK,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "xtick.major.size": 3.0,
+    "ytick.major.size": 0.0,
+    "xtick.labelsize": 9.0,
+    "ytick.labelsize": 9.0,
+    "axes.labelsize": 9.0,
+    "lines.linewidth": 1.7,
+    "lines.solid_capstyle": "round",
+    "path.simplify": True,
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.h_pad": 0.04,
+    "figure.constrained_layout.w_pad": 0.04,
 }
 
 
@@ -105,7 +132,7 @@ def to_svg(figure: Figure, key: str, label: str) -> str:
 
 
 def _inline(svg: str, key: str, label: str) -> str:
-    svg = svg[svg.index("<svg"):]
+    svg = svg[svg.index("<svg") :]
     # Matplotlib's <style> would apply to the whole page; the page's own sheet says the same for pictures alone.
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
     head, body = svg.split(">", 1)

@@ -54,8 +54,10 @@ def plural(count: int, noun: str, nouns: str | None = None) -> str:
 
 def printable(text: object) -> str:
     """Return ``text`` on one line without control or direction characters, which a file or class name may hold."""
-    kept = ("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Cn") and c not in "\u200d\u200c" else c
-            for c in re.sub(r"[\r\n\t]+", " ", str(text)))
+    kept = (
+        "\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Cn") and c not in "\u200d\u200c" else c
+        for c in re.sub(r"[\r\n\t]+", " ", str(text))
+    )
     return "".join(kept)
 
 
@@ -65,7 +67,7 @@ def shorten(text: object, width: int) -> str:
     if len(clean) <= width:
         return clean
     tail = (width - 1) // 3
-    return f"{clean[: width - 1 - tail]}\u2026{clean[len(clean) - tail:]}"
+    return f"{clean[: width - 1 - tail]}\u2026{clean[len(clean) - tail :]}"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -88,7 +90,10 @@ def _times(ratio: float) -> str:
 
 def _cost(student: ModelRow, teacher: ModelRow) -> str:
     """Say how the student's size compares with the teacher's, by parameters or else by MACs."""
-    for mine, theirs, noun in ((student.params_m, teacher.params_m, "parameters"), (student.macs_g, teacher.macs_g, "MACs")):
+    for mine, theirs, noun in (
+        (student.params_m, teacher.params_m, "parameters"),
+        (student.macs_g, teacher.macs_g, "MACs"),
+    ):
         if not mine or not theirs:
             continue
         if theirs / mine >= 1.05:
@@ -103,10 +108,14 @@ def _against_baseline(student: ModelRow, baseline: ModelRow | None) -> str:
     if baseline is None or baseline.top1 is None or student.top1 is None:
         return ""
     gap = student.top1 - baseline.top1
+    other = (
+        "the same network trained alone"
+        if student.name == baseline.name
+        else f"the baseline {printable(baseline.name)}"
+    )
     if abs(gap) < 0.005:
-        return ", and is level with the same network trained alone"
-    side = "above" if gap > 0 else "below"
-    return f", and is {abs(gap):.2f}{NBSP}points {side} the same network trained alone"
+        return f", and is level with {other}"
+    return f", and is {abs(gap):.2f}{NBSP}points {'above' if gap > 0 else 'below'} {other}"
 
 
 def summary_sentence(student: ModelRow, teachers: Sequence[ModelRow] = (), baseline: ModelRow | None = None) -> str:
@@ -128,5 +137,6 @@ def summary_sentence(student: ModelRow, teachers: Sequence[ModelRow] = (), basel
     else:
         # 99.96 % must not be printed as if nothing had been lost.
         kept = 100.0 * student.top1 / (best.top1 or 1.0)
-        start = f"The student keeps {math.floor(kept * 10) / 10 if kept > 99 else round(kept, 1):.1f}{NBSP}% of {whose}'s accuracy"
+        kept = math.floor(kept * 10) / 10 if kept > 99 else kept
+        start = f"The student keeps {kept:.1f}{NBSP}% of {whose}'s accuracy"
     return f"{start}{_cost(student, best)}{_against_baseline(student, baseline)}."

@@ -1,0 +1,1 @@
+"""Model files for devices, each checked against PyTorch before it is announced."""

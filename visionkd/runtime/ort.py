@@ -1,0 +1,98 @@
+"""ONNX Runtime, imported only when it is used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from visionkd.errors import DataError, RequestError
+
+Accelerator = Literal["auto", "cpu", "gpu"]
+_SILENT = 4  # onnxruntime's severities end at 4, fatal
+
+
+class OrtModel:
+    """An ONNX file, ready to run.
+
+    Args:
+        path: The ``.onnx`` file.
+        threads: Threads within an operator; None leaves the choice to ONNX Runtime.
+        accelerator: ``cpu``; ``gpu`` needs the CUDA provider, ``auto`` takes it where there is one.
+
+    Attributes:
+        inputs: Names of the inputs.
+        outputs: Names of the outputs.
+        input_shapes: Shape of each input; free sides are names.
+        device: ``cpu`` or ``gpu``, as it turned out.
+        metadata: The file's own key-value pairs.
+
+    Raises:
+        RequestError: If there is no such file, ONNX Runtime is not installed, or a GPU is asked for and not there.
+        DataError: If the file cannot be loaded.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, threads: int | None = None, accelerator: Accelerator = "cpu"
+    ) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise RequestError(f"there is no file '{self.path}'", hint="Export a model first: visionkd export MODEL")
+        runtime = _onnxruntime()
+        providers = _providers(runtime, accelerator)
+        options = runtime.SessionOptions()
+        options.log_severity_level = _SILENT
+        if threads is not None:
+            options.intra_op_num_threads = threads
+            options.inter_op_num_threads = 1
+            # Spinning threads would take the processor from whatever is measured or run beside them.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
+        try:
+            self._session = runtime.InferenceSession(os.fspath(self.path), sess_options=options, providers=providers)
+        except Exception as error:  # onnxruntime's own exceptions share no base but Exception
+            first = str(error).strip().splitlines()[0][:200]
+            raise DataError(
+                f"'{self.path}' cannot be loaded as an ONNX model: {first}", hint="Export or copy it again."
+            ) from error
+        self.inputs = tuple(value.name for value in self._session.get_inputs())
+        self.outputs = tuple(value.name for value in self._session.get_outputs())
+        self.input_shapes: tuple[tuple[Any, ...], ...] = tuple(tuple(v.shape) for v in self._session.get_inputs())
+        self.device = "cpu" if self._session.get_providers()[0] == "CPUExecutionProvider" else "gpu"
+        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+
+    def run(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        """Return the outputs for ``arrays``, in the order of :attr:`inputs`."""
+        return self._session.run(None, dict(zip(self.inputs, arrays, strict=True)))
+
+
+def version() -> str | None:
+    """Return the version of ONNX Runtime; None where it is not installed."""
+    try:
+        return _onnxruntime().__version__
+    except RequestError:
+        return None
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise RequestError(
+            "ONNX files need ONNX Runtime, which is not installed", hint="Run: pip install onnxruntime"
+        ) from error
+    return onnxruntime
+
+
+def _providers(runtime: Any, accelerator: Accelerator) -> Sequence[str]:
+    available = runtime.get_available_providers()
+    cpu, cuda = "CPUExecutionProvider", "CUDAExecutionProvider"
+    if accelerator == "cpu" or (accelerator == "auto" and cuda not in available):
+        return [cpu]
+    if cuda not in available:
+        raise RequestError(
+            "this ONNX Runtime has no CUDA provider", hint="Run: pip install onnxruntime-gpu, or pass --accelerator cpu"
+        )
+    return [cuda, cpu]

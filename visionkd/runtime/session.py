@@ -1,0 +1,112 @@
+"""A model file that describes itself: images in, probabilities and class names out, without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL.Image import Image
+
+from visionkd.errors import RequestError
+from visionkd.runtime.metrics import softmax
+from visionkd.runtime.ort import Accelerator, OrtModel
+from visionkd.runtime.preprocess import preprocess, to_batch
+from visionkd.types import InputSpec, TaskName
+
+_SUFFIXES = (".onnx",)
+_REQUIRED = ("visionkd_version", "task", "input")
+
+
+class Session:
+    """An exported model with what its file says about it.
+
+    Attributes:
+        path: The file.
+        task: Task that its outputs serve.
+        classes: Class names in output order, if the file names them.
+        input: Size and resizing of its images; it normalises for itself.
+        architecture: Name of the network, if the file names it.
+        metadata: All that the file says, parsed where it is JSON.
+    """
+
+    def __init__(self, model: OrtModel) -> None:
+        missing = [key for key in _REQUIRED if key not in model.metadata]
+        if missing:
+            raise RequestError(
+                f"'{model.path}' was not exported by visionkd: its metadata lacks {', '.join(missing)}, so that its "
+                "classes, input size and statistics are unknown",
+                hint="Export it from the model it came from: visionkd export MODEL --format onnx",
+            )
+        self._model = model
+        self.path: Path = model.path
+        self.metadata: dict[str, Any] = {key: _parsed(value) for key, value in model.metadata.items()}
+        self.task: TaskName = self.metadata["task"]
+        self.input = InputSpec.from_dict(self.metadata["input"])
+        classes = self.metadata.get("classes")
+        self.classes: tuple[str, ...] | None = tuple(classes) if classes else None
+        self.architecture: str | None = self.metadata.get("architecture")
+
+    def predict_logits(self, batch: np.ndarray) -> np.ndarray:
+        """Return logits, N x C float32, for ``batch``, N x 3 x H x W float32 in [0, 1]."""
+        return self._model.run(np.ascontiguousarray(batch, dtype=np.float32))[0]
+
+    def predict_probs(self, batch: np.ndarray) -> np.ndarray:
+        """Return probabilities, N x C float32, for ``batch``, N x 3 x H x W float32 in [0, 1]."""
+        return softmax(self.predict_logits(batch))
+
+    def predict_images(self, images: Iterable[Image], *, batch_size: int = 16) -> np.ndarray:
+        """Return probabilities, N x C, for RGB images of any size."""
+        found, waiting = [], []
+        for image in images:
+            waiting.append(preprocess(image, self.input))
+            if len(waiting) == batch_size:
+                found.append(self.predict_probs(to_batch(waiting)))
+                waiting = []
+        if waiting:
+            found.append(self.predict_probs(to_batch(waiting)))
+        if not found:
+            raise ValueError("there are no images")
+        return np.concatenate(found)
+
+
+def open_session(
+    path: str | os.PathLike[str], *, threads: int | None = None, accelerator: Accelerator = "cpu"
+) -> Session:
+    """Open a model file that visionkd exported.
+
+    Args:
+        path: An ``.onnx`` file.
+        threads: Threads to run with; None leaves the choice to the engine.
+        accelerator: ``cpu``, ``gpu`` or ``auto``.
+
+    Raises:
+        RequestError: If the file is of another kind, or does not describe itself.
+        DataError: If it is damaged.
+    """
+    path = Path(path)
+    if not is_model_file(path):
+        raise RequestError(f"'{path}' is not a model file that this version runs; known: {', '.join(_SUFFIXES)}")
+    return Session(OrtModel(path, threads=threads, accelerator=accelerator))
+
+
+def is_model_file(name: str | os.PathLike[str]) -> bool:
+    """Tell whether ``name`` looks like a file for :func:`open_session`."""
+    return os.fspath(name).lower().endswith(_SUFFIXES)
+
+
+def top_classes(probs: np.ndarray, classes: Sequence[str] | None, k: int) -> list[list[tuple[str, float]]]:
+    """Return the ``k`` likeliest classes of each row of ``probs``, N x C, with their probabilities."""
+    names = classes if classes is not None else [str(index) for index in range(probs.shape[1])]
+    order = np.argsort(-probs, axis=1, kind="stable")[:, :k]
+    return [[(names[c], float(row[c])) for c in best] for row, best in zip(probs, order, strict=True)]
+
+
+def _parsed(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
