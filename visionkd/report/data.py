@@ -100,6 +100,8 @@ class Curves:
                 rows = list(csv.DictReader(line.replace("\0", "") for line in file))
         except OSError as error:
             raise DataError(f"cannot read the training curves {path}: {error.strerror or error}") from error
+        except csv.Error as error:
+            raise DataError(f"the training curves {path} are not a CSV table: {error}") from error
         return cls.from_rows(rows)
 
     @classmethod

@@ -108,11 +108,9 @@ def _against_baseline(student: ModelRow, baseline: ModelRow | None) -> str:
     if baseline is None or baseline.top1 is None or student.top1 is None:
         return ""
     gap = student.top1 - baseline.top1
-    other = (
-        "the same network trained alone"
-        if student.name == baseline.name
-        else f"the baseline {printable(baseline.name)}"
-    )
+    # A baseline may carry a remark behind its name.
+    same = baseline.name == student.name or baseline.name.startswith(f"{student.name} ")
+    other = "the same network trained alone" if same else f"the baseline {printable(baseline.name)}"
     if abs(gap) < 0.005:
         return f", and is level with {other}"
     return f", and is {abs(gap):.2f}{NBSP}points {'above' if gap > 0 else 'below'} {other}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from visionkd.benchmark.complexity import macs_g, params_m, weights_mb
+from visionkd.benchmark.complexity import measure_complexity
 from visionkd.config.schema import RunConfig
 from visionkd.errors import WorkError
 from visionkd.files import write_text
@@ -54,7 +54,7 @@ def compare(
     """Put student, teachers and baseline side by side, and write ``evaluation.npz`` and ``comparison.json``."""
     source = data.splits["val"]
     gpu = torch_device(config.compute).type != "cpu"
-    heavy = sum(macs_g(teacher) for _, teacher in teachers) * len(source)
+    heavy = sum(measure_complexity(teacher).macs_g for _, teacher in teachers) * len(source)
     if not gpu and heavy > _CPU_TEACHER_GMACS:
         count = max(10 * len(data.classes), int(len(source) * _CPU_TEACHER_GMACS / heavy))
         source = stratified_subset(source, count, seed=config.training.seed)
@@ -79,7 +79,8 @@ def compare(
         values: dict[str, Any] = {"role": role.rstrip("0123456789"), "top1": float(found["top1"])}
         if len(data.classes) > 5:
             values["top5"] = float(found["top5"])
-        values |= {"params_m": params_m(network.net), "macs_g": macs_g(network), "size_mb": weights_mb(network.net)}
+        cost = measure_complexity(network)
+        values |= {"params_m": cost.params_m, "macs_g": cost.macs_g, "size_mb": cost.size_mb}
         rows.append(MetricRow(names[role], values))
     teacher_probs = [evaluations.probs.pop(role) for role, _ in networks if role.startswith("teacher")]
     if teacher_probs:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from visionkd.benchmark.complexity import macs_g
+from visionkd.benchmark.complexity import measure_complexity
 from visionkd.config.schema import DistillConfig, NetworkConfig
 from visionkd.data.loader import eval_loader
 from visionkd.data.subset import SubsetSource, stratified_limit, targets_of
@@ -171,5 +171,5 @@ def probe_teacher(
 def _probe_images(teacher: Network, num_classes: int, device: torch.device) -> int:
     if device.type != "cpu":
         return 100_000
-    affordable = int(_CPU_PROBE_GMACS / max(macs_g(teacher), 1e-6))
+    affordable = int(_CPU_PROBE_GMACS / max(measure_complexity(teacher).macs_g, 1e-6))
     return max(10 * num_classes, min(20_000, affordable))
