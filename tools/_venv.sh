@@ -43,7 +43,7 @@ ensure_venv() {
 }
 
 _pip() {
-    "$VENV/bin/python" -m pip --quiet --disable-pip-version-check "$@" >&2 && return
+    "$VENV/bin/python" -m pip -qq --disable-pip-version-check "$@" >&2 && return
     echo "error: pip failed; without a GPU build of PyTorch at hand, set VISIONKD_TORCH (see tools/_venv.sh)" >&2
     return 1
 }

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from visionkd.data.check import CheckReport
 from visionkd.types import MetricRow
 from visionkd.workflows import results
 from visionkd.workflows.configs import ConfigRow
@@ -36,15 +37,14 @@ EXPORT = results.ExportResult(Path("a.onnx"), 0.33, 1.5e-06, 55.1, None, 256)
 BENCH = results.BenchResult((MetricRow("a [torch]", {"latency_ms": 1.2345, "throughput_img_s": 810.4}),))
 
 
-@dataclass(frozen=True)
-class Check:
-    """Stands for the report of a check."""
-
-    num_images: int = 7
-    unreadable: tuple[str, ...] = ("train/a.jpg", "train/b.jpg")
-    leaked: tuple[tuple[str, ...], ...] = (("train/c.jpg", "val/c.jpg"),)
-    counts: Mapping[str, int] = field(default_factory=lambda: {"train": 5, "val": 2})
-    problems: bool = True
+CHECK = CheckReport(
+    "d",
+    {"train": 5000, "val": 2},
+    unreadable=(("train: a.jpg", "is no image"), ("train: b.jpg", "is empty")),
+    leakage=(("train: c.jpg", "val: c.jpg"),),
+    tiny=(("train: e.jpg", 3, 4),),
+    grey=tuple(f"val: {number}.jpg" for number in range(9)),
+)
 
 
 @dataclass
@@ -215,7 +215,7 @@ def test_an_evaluation_names_the_worst_classes_first(run, pretend) -> None:
         ("eval m --json", "evaluate", EVALUATION),
         ("bench m --json", "bench", BENCH),
         ("predict m a.jpg --json", "predict", results.PredictResult(PREDICTION.predictions)),
-        ("data check d --json", "check_data", Check(problems=False)),
+        ("data check d --json", "check_data", CheckReport("d", {"train": 5})),
         ("doctor --json", "doctor", DoctorResult((DoctorRow("gpu", "missing", "none"),))),
     ],
 )
@@ -247,15 +247,22 @@ def test_predictions(run, pretend) -> None:
 
 
 def test_a_check_names_what_it_found(run, pretend) -> None:
-    workflow = Recorder(Check())
+    workflow = Recorder(CHECK)
     pretend("check_data", workflow)
     outcome = run("data", "check", "d", "-o", "data.val_fraction=0.2")
     assert workflow.given == dict(data="d", options=("data.val_fraction=0.2",))
     check_accepts("check_data", workflow.given)
     assert outcome.code == 1
-    assert "unreadable: 2" in outcome.out and "  train/a.jpg" in outcome.out
-    assert "train/c.jpg = val/c.jpg" in outcome.out
-    assert "train: 5" in outcome.out
+    lines = outcome.out.splitlines()
+    assert lines[1:5] == [
+        "num images: train 5,000, val 2",
+        "unreadable: 2",
+        "  train: a.jpg: is no image",
+        "  train: b.jpg: is empty",
+    ]
+    assert "  train: c.jpg = val: c.jpg" in lines and "  train: e.jpg: 3 x 4" in lines
+    assert "grey: 9" in lines and "  and 4 more; --json gives all" in lines
+    assert json.loads(run("data", "check", "d", "--json").out)["problems"] is True
 
 
 def test_doctor_fails_where_something_is_broken(run, pretend) -> None:
@@ -273,9 +280,19 @@ def test_configs(run, pretend, tmp_path: Path) -> None:
     assert run("configs", "list").out.splitlines()[1].split(maxsplit=1) == ["classification/a", "The first"]
     pretend("show_config", lambda name: f"# {name}\n")
     assert run("configs", "show", "x").out == "# x\n"
-    pretend("copy_config", lambda name, file, overwrite: Path(file) / str(overwrite))
-    outcome = run("configs", "copy", "x", "there", "--overwrite")
-    assert "there/True" in outcome.out and "--config" in outcome.err
+    given = Recorder(None)
+
+    def copy(name: str, file: str, *, overwrite: bool) -> Path:
+        given(name=name, overwrite=overwrite)
+        Path(file).write_text(f"# A recipe\n{name}:\n", encoding="utf-8")
+        return Path(file)
+
+    pretend("copy_config", copy)
+    file = str(tmp_path / "a.yaml")
+    outcome = run("configs", "copy", "model", file, "--overwrite")
+    assert given.given == {"name": "model", "overwrite": True}
+    assert file in outcome.out and f"visionkd train --config {file}" in outcome.err
+    assert f"visionkd distill --config {file}" in run("configs", "copy", "student", file).err
 
 
 def test_an_empty_list_says_so(run, pretend) -> None:

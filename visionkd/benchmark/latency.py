@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,9 +22,6 @@ from visionkd.benchmark.record import BenchRecord, machine, versions
 from visionkd.errors import RequestError
 from visionkd.runtime.ort import OrtModel
 from visionkd.types import InputSpec
-
-if TYPE_CHECKING:
-    from visionkd.benchmark.complexity import Complexity
 
 _ROUND_S = 0.05
 _WARMUP_S = 0.3
@@ -72,7 +69,6 @@ def ort_runner(
     threads: int = 1,
     img_size: tuple[int, int] | None = None,
     accelerator: Literal["auto", "cpu", "gpu"] = "cpu",
-    cost: Complexity | None = None,
 ) -> Runner:
     """Make a runner for an ONNX file in ONNX Runtime; any file with one image input will do.
 
@@ -83,7 +79,6 @@ def ort_runner(
         threads: Threads within an operator.
         img_size: Height and width; needed only where the file does not fix them.
         accelerator: ``cpu``, ``gpu`` or ``auto``.
-        cost: Of the network it was exported from; a file alone does not tell it.
     """
     model = OrtModel(path, threads=threads, accelerator=accelerator)
     size = _onnx_size(model, img_size)
@@ -93,6 +88,7 @@ def ort_runner(
         raise RequestError(
             f"'{path}' takes batches of {fixed_batch}, not {batch_size}", hint=f"Pass --batch-size {fixed_batch}"
         )
+    cost = json.loads(model.metadata.get("complexity", "{}"))  # of the network it was exported from
     return Runner(
         model=name,
         backend="onnxruntime",
@@ -101,8 +97,8 @@ def ort_runner(
         device=model.device,
         batch_size=batch_size,
         img_size=size,
-        params_m=None if cost is None else cost.params_m,
-        macs_g=None if cost is None else cost.macs_g,
+        params_m=cost.get("params_m"),
+        macs_g=cost.get("macs_g"),
         size_mb=Path(path).stat().st_size / 1e6,
     )
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 
 from visionkd import __version__
+from visionkd.cli.console import is_main_process
 from visionkd.errors import InterruptedRunError, RequestError, VisionKDError
 
 DONE, FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
@@ -123,7 +124,8 @@ def report(error: BaseException, *, debug: bool, argv: list[str]) -> int:
     if debug:
         click.echo("".join(traceback.format_exception(type(error), error, error.__traceback__)), err=True, nl=False)
     stopped = isinstance(error, (KeyboardInterrupt, click.Abort, InterruptedRunError))
-    head = click.style("stopped:" if stopped else "error:", fg="yellow" if stopped else "red", bold=True)
+    rank = "" if is_main_process() else "[another process of the run] "
+    head = rank + click.style("stopped:" if stopped else "error:", fg="yellow" if stopped else "red", bold=True)
     if len(failure.problems) == 1:
         click.echo(f"{head} {failure.problems[0]}", err=True)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Literal
 
@@ -28,7 +28,12 @@ def numbers(progress: Progress, *, eta_s: float | None) -> list[str]:
         parts.append(f"{speed:,.0f} img/s" if speed >= 10 else f"{speed:.2g} img/s")
     if eta_s is not None:
         parts.append(f"{duration(eta_s)} left")
-    return parts + [metric_text(name, value) for name, value in progress.metrics.items()]
+    return parts + [metric_text(name, value) for name, value in metrics(progress).items()]
+
+
+def metrics(progress: Progress) -> dict[str, float]:
+    """Return the metrics of a report; the speed, which has a place of its own, is not among them."""
+    return {name: value for name, value in progress.metrics.items() if not name.endswith("images_per_s")}
 
 
 class Pace:
@@ -164,10 +169,10 @@ class LiveListener(Listener):
         where = f"epoch {progress.epoch}/{progress.epochs}" if progress.epochs else progress.stage
         row = Table.grid(padding=(0, 1))
         row.add_row(Text(where), ProgressBar(total=1.0, completed=done, width=30), Text(f"{100 * done:3.0f} %"))
-        metrics: Mapping[str, float] = progress.metrics
         speed = numbers(Progress("", 0, 0, images_per_s=progress.images_per_s), eta_s=eta_s)
         lines = [row, Text("  ".join(speed), no_wrap=True, overflow="ellipsis")]
-        if metrics:
-            text = "  ".join(metric_text(name, value) for name, value in metrics.items())
+        values = metrics(progress)
+        if values:
+            text = "  ".join(metric_text(name, value) for name, value in values.items())
             lines.append(Text(text, style="dim", no_wrap=True, overflow="ellipsis"))
         return Group(*lines)

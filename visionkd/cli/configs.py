@@ -9,6 +9,8 @@ Examples:
 
 from __future__ import annotations
 
+import re
+
 from visionkd.cli import _options, console
 from visionkd.cli._base import argument, new_group
 
@@ -42,4 +44,7 @@ def copy(name: str, file: str, overwrite: bool) -> None:
 
     written = workflows.copy_config(name, file, overwrite=overwrite)
     console.write(f"Wrote {written}")
-    console.note(f"Run it with: visionkd distill --config {written}")
+    name = (
+        "distill" if re.search(r"^(teachers|student):", written.read_text(encoding="utf-8"), re.MULTILINE) else "train"
+    )
+    console.note(f"Run it with: visionkd {name} --config {written}")

@@ -11,7 +11,6 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields
 from typing import Any
 
 from visionkd.cli._format import aligned, as_mapping, jsonable, table_cells, value_text
@@ -182,21 +181,30 @@ def show_predictions(result: Any) -> None:
 
 
 def show_check(report: Any) -> None:
-    """Print what a check of data found: counts, and the first names of each list."""
-    for field in fields(report):
-        value = getattr(report, field.name)
-        title = field.name.replace("_", " ")
+    """Print what a check of data found: a count of everything it looks for, and the first names of each."""
+    for name, value in as_mapping(report).items():
+        title = name.replace("_", " ")
         if isinstance(value, Mapping):
-            value = [f"{key}: {value_text(field.name, item)}" for key, item in value.items()]
-        if isinstance(value, (list, tuple)):
-            write(f"{title}: {len(value)}")
+            write(f"{title}: {', '.join(f'{key} {item:,}' for key, item in value.items())}")
+        elif isinstance(value, (list, tuple)):
+            write(f"{title}: {len(value):,}")
             for item in value[:_MOST_NAMES]:
-                write(f"  {' = '.join(map(str, item)) if isinstance(item, (list, tuple)) else item}")
+                write(f"  {_finding(name, item)}")
             if len(value) > _MOST_NAMES:
-                write(f"  and {len(value) - _MOST_NAMES} more; --json gives all")
+                write(f"  and {len(value) - _MOST_NAMES:,} more; --json gives all")
         else:
-            write(f"{title}: {value_text(field.name, value)}")
+            write(f"{title}: {value}")
     write("problems found" if report.problems else "no problems found")
+
+
+def _finding(name: str, item: Any) -> str:
+    if isinstance(item, str):
+        return item
+    if name == "unreadable":
+        return ": ".join(map(str, item))
+    if name == "tiny":
+        return f"{item[0]}: {item[1]} x {item[2]}"
+    return " = ".join(map(str, item))
 
 
 def _some(names: Iterable[str]) -> str:

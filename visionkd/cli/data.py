@@ -44,7 +44,7 @@ def check(ctx: click.Context, as_json: bool, **request: Any) -> None:
     with console.working(stdout_is_data=as_json) as listener:
         report = workflows.check_data(**request, listener=listener)
     if as_json:
-        console.write_json(report)
+        console.write_json({**console.as_mapping(report), "problems": report.problems})
     else:
         console.show_check(report)
     if report.problems:

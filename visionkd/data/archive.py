@@ -228,6 +228,9 @@ def _list_tar(path: str) -> tuple[list[_Member], set[str], int]:
                 members.append(_Member(name, info.offset_data, info.size, info.size, _TAR, 0, int(info.mtime)))
             # The archive would otherwise keep every header it has seen.
             archive.members.clear()
+        # tarfile takes a missing or incomplete header for the end. The true end is a block of zeros.
+        if archive.offset + tarfile.BLOCKSIZE > end:
+            raise tarfile.ReadError("it has no end mark, so it was cut off")
     return _listed(members, folders, left_out)
 
 

@@ -10,7 +10,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import visionkd
+from visionkd.benchmark.complexity import measure_complexity
 from visionkd.errors import RequestError, VisionKDError, WorkError
 from visionkd.files import replacing
 from visionkd.models.factory import Network
@@ -105,6 +106,7 @@ def export_onnx(
         "source": network.source,
         "metrics": json.dumps(dict(metrics)),
         "weights_sha256": weights_sha256(network.net),
+        "complexity": json.dumps(asdict(measure_complexity(network))),
     }
     program = _export(copied, network.architecture, opset)
     for node in program.model.graph.all_nodes():

@@ -190,5 +190,5 @@ def _unknown(name: str) -> RequestError:
     prefix = "torchvision/" if name.startswith("torchvision/") else ""
     names = known_names()
     near = did_you_mean(prefix + bare, names) or did_you_mean(prefix + bare.replace("-", "_"), names)
-    hint = near or "Any timm or torchvision name works, and: " + ", ".join(sorted(ALIASES)[:12]) + ", ..."
+    hint = near or f"Any timm or torchvision name works, and these: {', '.join(sorted(ALIASES))}"
     return RequestError(f"unknown network '{name}'", hint=hint)

@@ -304,7 +304,7 @@ def confusion_map(matrix: np.ndarray, classes: Sequence[str]) -> Picture | None:
         width = figure.get_figwidth() * 72.0
     caption = (
         "Percent of the images of the class at the left that were given the class below. "
-        "Blue: right. Orange: mistakes, on a scale of their own, the most frequent one darkest."
+        "Blue: right. Orange: mistakes, on a scale of their own, the most frequent one strongest."
     )
     return Picture(svg, "", round(width * 1.35), min_width=round(width * 0.95), caption=caption)
 
