@@ -79,13 +79,8 @@ def test_rounds_are_interleaved_and_figures_are_medians() -> None:
 
 
 def test_one_slow_call_does_not_move_the_median() -> None:
-    calls = iter([0.2] + [0.0] * 2)
-    record = measure([runner("m", lambda: time.sleep(0.06 if next(calls, 0.06) == 0.06 else 0))], rounds=1)[0]
-    assert record.calls >= 1
-    times = iter([0.0] * 5000)
-    assert latency._record(
-        runner("m", lambda: next(times)), [0.01] * 9 + [5.0], 1, "h", {}
-    ).latency_ms == pytest.approx(10)
+    record = latency._record(runner("m", lambda: None), [0.01] * 9 + [5.0], 1, "host", {})
+    assert record.latency_ms == pytest.approx(10) and record.latency_p90_ms > 10
 
 
 def test_pytorch_runs_with_the_threads_asked_for_and_gets_its_own_back() -> None:
@@ -93,7 +88,12 @@ def test_pytorch_runs_with_the_threads_asked_for_and_gets_its_own_back() -> None
     asked = before + 1
     network = make("cifar_resnet8")
     seen = set()
-    network.net.register_forward_pre_hook(lambda *_: seen.add(torch.get_num_threads()))
+
+    def note(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        if inputs[0].device.type != "meta":  # where its operations are counted
+            seen.add(torch.get_num_threads())
+
+    network.net.register_forward_pre_hook(note)
     record = measure([torch_runner(network, name="m", batch_size=2, threads=asked)], rounds=1)[0]
     assert seen == {asked} and torch.get_num_threads() == before
     assert record.threads == asked and record.batch_size == 2 and network.training, "a copy was timed"

@@ -254,7 +254,7 @@ def test_a_check_names_what_it_found(run, pretend) -> None:
     check_accepts("check_data", workflow.given)
     assert outcome.code == 1
     lines = outcome.out.splitlines()
-    assert lines[1:5] == [
+    assert lines[2:6] == [
         "num images: train 5,000, val 2",
         "unreadable: 2",
         "  train: a.jpg: is no image",

@@ -158,7 +158,9 @@ def test_cut_off_archive(split, name):
         open_archive(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04nothing", b"\x1f\x8bnothing", bytes(2000), b"\xfd7zXZ\x00bad"])
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", b"PK\x03\x04nothing", b"\x1f\x8bnothing", bytes(2000), b"\xfd7zXZ\x00bad"]
+)
 def test_not_an_archive(tmp_path, content):
     path = tmp_path / "data.zip"
     path.write_bytes(content)

@@ -43,7 +43,8 @@ def test_held_out_split_is_said_aloud(tmp_path, make_folder, folders):
     data = open_data(str(root), config=config(val_fraction=0.2), seed=7)
     assert sizes(data) == {"train": 24, "val": 6, "all": 30}
     assert data.messages == (
-        "There is no validation split: 6 of 30 images are held out, 20% of each class, seed 7; 24 are left to train on.",
+        "There is no validation split: 6 of 30 images are held out, 20% of each class, seed 7; "
+        "24 are left to train on.",
     )
     train, val = data.splits["train"], data.splits["val"]
     assert not set(train.indices) & set(val.indices)
@@ -88,7 +89,9 @@ def test_limits_are_spread_over_the_classes(split):
     assert sizes(data) == {"train": 6, "val": 2}
     assert targets_of(data.splits["train"]).tolist() == [0, 0, 0, 1, 1, 1]
     assert "train is limited to 6 of 13 images, spread over the classes." in data.messages
-    assert any("cannot show all 2 classes" in text for text in open_data(str(split), config=config(limit_train=1)).messages)
+    assert any(
+        "cannot show all 2 classes" in text for text in open_data(str(split), config=config(limit_train=1)).messages
+    )
     assert open_data(str(split), config=config(limit_train=13)).messages == ()
 
 

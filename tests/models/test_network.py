@@ -118,6 +118,7 @@ def test_class_names_must_fit_the_outputs() -> None:
         ("test_coatnet", "hybrid"),
         ("test_maxvit", "hybrid"),
         ("mixer_s32_224", "mlp"),
+        ("convit_tiny", "transformer"),
         ("swin_t", "transformer"),
         ("torchvision/vit_b_16", "transformer"),
         ("resnet18", "cnn"),

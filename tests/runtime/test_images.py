@@ -116,7 +116,9 @@ def test_truncated_file(file_format, share):
         decode_rgb(content[: int(len(content) * share)], name="x.jpg")
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"\xff\xd8\xff", b"\xff\xd8\xff\xe0garbage", b"\x89PNG\r\n\x1a\n", b"\0" * 99])
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", b"\xff\xd8\xff", b"\xff\xd8\xff\xe0garbage", b"\x89PNG\r\n\x1a\n", b"\0" * 99]
+)
 def test_not_an_image(content, tmp_path):
     (tmp_path / "a.jpg").write_bytes(content)
     with pytest.raises(UnreadableImageError, match="a.jpg"):
@@ -165,11 +167,25 @@ def test_names_of_images():
 
 
 def test_find_images(tmp_path):
-    for name in ("b/2.png", "b/1.png", "b/deep/3.jpg", "c/.hidden.png", "c/._4.png", "c/x.txt", "__MACOSX/5.png", "odd.dat"):
+    for name in (
+        "b/2.png",
+        "b/1.png",
+        "b/deep/3.jpg",
+        "c/.hidden.png",
+        "c/._4.png",
+        "c/x.txt",
+        "__MACOSX/5.png",
+        "odd.dat",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     found = find_images([tmp_path / "odd.dat", str(tmp_path / "b" / "2.png"), tmp_path, str(tmp_path / "b" / "*.png")])
-    assert [path.relative_to(tmp_path).as_posix() for path in found] == ["odd.dat", "b/2.png", "b/1.png", "b/deep/3.jpg"]
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == [
+        "odd.dat",
+        "b/2.png",
+        "b/1.png",
+        "b/deep/3.jpg",
+    ]
     assert len(find_images([str(tmp_path / "b" / "**" / "*.jpg")])) == 1
 
 

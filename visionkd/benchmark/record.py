@@ -83,6 +83,7 @@ def to_markdown(records: Sequence[BenchRecord]) -> str:
     for record in records:
         values = [getattr(record, name) for name in _COLUMNS]
         cells = ["" if v is None else form.format(v) for v, form in zip(values, _COLUMNS.values(), strict=True)]
+        cells = [cell.replace("|", "\\|") for cell in cells]
         rows.append("| " + " | ".join(cells) + " |")
     if records:
         first = records[0]

@@ -114,7 +114,7 @@ class LiveListener(Listener):
         self._clock = clock
         self._pace = Pace(clock)
         self._live: Live | None = None
-        self._title = ""
+        self._place = ""
         self._drawn = float("-inf")
 
     def __enter__(self) -> LiveListener:
@@ -136,8 +136,8 @@ class LiveListener(Listener):
 
     def stage(self, name: str, title: str, number: int, total: int) -> None:
         self._clear()
-        self._title = f"[{number}/{total}] {title}"
-        self._print(self._title, "bold")
+        self._place = f"stage {number}/{total}, "
+        self._print(f"[{number}/{total}] {title}", "bold")
 
     def progress(self, progress: Progress) -> None:
         eta_s = self._pace.eta_s(progress)
@@ -168,7 +168,9 @@ class LiveListener(Listener):
         done = share(progress)
         where = f"epoch {progress.epoch}/{progress.epochs}" if progress.epochs else progress.stage
         row = Table.grid(padding=(0, 1))
-        row.add_row(Text(where), ProgressBar(total=1.0, completed=done, width=30), Text(f"{100 * done:3.0f} %"))
+        row.add_row(
+            Text(self._place + where), ProgressBar(total=1.0, completed=done, width=30), Text(f"{100 * done:3.0f} %")
+        )
         speed = numbers(Progress("", 0, 0, images_per_s=progress.images_per_s), eta_s=eta_s)
         lines = [row, Text("  ".join(speed), no_wrap=True, overflow="ellipsis")]
         values = metrics(progress)

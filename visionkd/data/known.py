@@ -159,8 +159,14 @@ def open_known(name: str) -> Opened:
 
 def _construct(factory: Any, known: KnownSet, root: Path) -> dict[str, Any]:
     """Build every split from the cache, or else download it, one process at a time."""
+
+    def build(**more: Any) -> dict[str, Any]:
+        # Some of its classes print what they do.
+        with contextlib.redirect_stdout(io.StringIO()):
+            return {split: factory(root, **arguments, **more) for split, arguments in known.splits.items()}
+
     try:
-        return {split: factory(root, **arguments) for split, arguments in known.splits.items()}
+        return build()
     except ImportError:
         raise
     except Exception:  # torchvision answers missing files with RuntimeError, OSError and others.
@@ -173,9 +179,7 @@ def _construct(factory: Any, known: KnownSet, root: Path) -> dict[str, Any]:
         with FileLock(os.fspath(root) + ".lock"):
             # torchvision sets no timeout of its own, so a silent server would hold the run for ever.
             socket.setdefaulttimeout(_TIMEOUT_S)
-            # Some of its classes print what they download.
-            with contextlib.redirect_stdout(io.StringIO()):
-                return {split: factory(root, download=True, **arguments) for split, arguments in known.splits.items()}
+            return build(download=True)
     except Exception as error:
         raise _explained(error, known, root) from error
     finally:

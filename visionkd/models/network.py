@@ -13,6 +13,8 @@ from visionkd.models.normalize import Normalize, resize
 from visionkd.types import InputSpec, Output
 
 Family = Literal["cnn", "transformer", "mlp", "hybrid"]
+#: What attention layers call their projections, whatever they are called themselves.
+_ATTENTION_PARTS = ("qkv", "qk", "kv", "q", "q_proj", "query")
 
 
 class Network(nn.Module):
@@ -147,6 +149,9 @@ class Network(nn.Module):
         Args:
             columns: Indices of the outputs to keep.
             classes: Their names; None takes those that the outputs have.
+
+        Raises:
+            WorkError: If the classifier is not made of linear layers.
         """
         columns = list(columns)
         heads = _heads(self)
@@ -226,19 +231,14 @@ def family(net: nn.Module) -> Family:
     """
     attentions = convolutions = 0
     for module in net.modules():
-        if isinstance(module, nn.MultiheadAttention) or (
-            "attn" in type(module).__name__.lower() or "attention" in type(module).__name__.lower()
-        ):
-            mixes_tokens = isinstance(module, nn.MultiheadAttention) or any(
-                hasattr(module, name) for name in ("qkv", "q", "kv", "query", "q_proj")
-            )
-            attentions += mixes_tokens
+        if isinstance(module, nn.MultiheadAttention) or any(hasattr(module, name) for name in _ATTENTION_PARTS):
+            attentions += 1
         elif isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1 and module.stride != module.kernel_size:
             convolutions += 1
     if attentions <= 1 and convolutions > 4:
         return "cnn"  # one attention layer at most is a pooling head
     if attentions:
-        return "transformer" if convolutions <= max(4, attentions // 2) else "hybrid"
+        return "transformer" if 2 * convolutions <= attentions else "hybrid"
     return "cnn" if convolutions else "mlp"
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from visionkd.benchmark.complexity import measure_complexity
+from visionkd.benchmark.latency import measure
+from visionkd.benchmark.torch_runner import torch_runner
 from visionkd.config.schema import RunConfig
 from visionkd.errors import WorkError
 from visionkd.files import write_text
@@ -22,6 +24,7 @@ from visionkd.workflows._networks import load_network, stratified_subset
 from visionkd.workflows._rundir import RunDirectory
 from visionkd.workflows._training import torch_device
 
+_LATENCY_ROUNDS = 5
 _CPU_TEACHER_GMACS = 20_000.0  # above this, a teacher's row is measured on part of the validation split
 
 
@@ -72,6 +75,7 @@ def compare(
 
     evaluations, _ = evaluate_together(networks, source, run_one=run_one)
     rows = []
+    latencies = measure([torch_runner(network, name=role) for role, network in networks], rounds=_LATENCY_ROUNDS)
     names = {"student": student.architecture, "baseline": f"{student.architecture} alone"}
     names |= {f"teacher{number}": name for number, (name, _) in enumerate(teachers)}
     for role, network in networks:
@@ -81,6 +85,7 @@ def compare(
             values["top5"] = float(found["top5"])
         cost = measure_complexity(network)
         values |= {"params_m": cost.params_m, "macs_g": cost.macs_g, "size_mb": cost.size_mb}
+        values["latency_ms"] = next(record.latency_ms for record in latencies if record.model == role)
         rows.append(MetricRow(names[role], values))
     teacher_probs = [evaluations.probs.pop(role) for role, _ in networks if role.startswith("teacher")]
     if teacher_probs:

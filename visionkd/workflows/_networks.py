@@ -52,6 +52,11 @@ def load_network(model: str) -> Network:
     return create_network(NetworkConfig(name=model), in_training=False)
 
 
+def load_for_bench(model: str) -> Network:
+    """Load a MODEL to time it: published weights are not fetched, since they change nothing."""
+    return create_network(NetworkConfig(name=model, pretrained=False), in_training=True).eval()
+
+
 def seed_of(seed: int, role: str) -> int:
     """Derive an independent seed, the same on every machine."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{role}".encode()).digest()[:7], "big")

@@ -83,29 +83,26 @@ class Stages:
         for name in config.export.formats:
             with self.stage(name, f"Export to {name.upper()}") as todo:
                 if todo:
-                    self._export(name, data)
+                    self._export(data)
         if config.report.enabled:
             with self.stage("report", "Write the report"):
                 from visionkd.workflows.report import report
 
-                report(run=str(run.path), baseline=config.report.baseline)
+                report(run=str(run.path), listener=listener)
         metrics = {name: value for name, value in run.status["metrics"].items() if value is not None}
         return RunResult(run.path, metrics, _finish.saved_rows(run), _finish.files_of(run))
 
-    def _export(self, name: str, data: DataSet) -> None:
-        from visionkd.workflows.export import export_network
+    def _export(self, data: DataSet) -> None:
+        from visionkd.workflows.export import export_network, package_metrics
 
-        found = export_network(
+        export_network(
             load_network(str(self.run.model)),
             self.run.path / "export" / "model.onnx",
             source=data.splits["val"],
             verify_images=self.config.export.verify_images,
+            metrics=package_metrics(self.run.model),
             listener=self.listener,
         )
-        record = {"format": name, "file": found.file.name, "size_mb": found.size_mb, "max_abs_diff": found.max_abs_diff}
-        record |= {"top1_torch": found.top1_torch, "top1_exported": found.top1_exported}
-        record |= {"num_verify_images": found.num_verify_images}
-        write_text(self.run.path / "export" / "export.json", json.dumps([record], indent=2) + "\n")
 
 
 def write_environment(run: RunDirectory, command: str) -> None:

@@ -1,0 +1,211 @@
+"""Measure a model on labelled data. An ONNX file is measured without torch, as a device would."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from visionkd.config.load import dump_config, load_config
+from visionkd.config.schema import RunConfig
+from visionkd.data.open import open_data
+from visionkd.data.subset import SubsetSource, stratified_limit, targets_of
+from visionkd.errors import DataError, Problem, RequestError, UnreadableImageError, did_you_mean
+from visionkd.runtime.metrics import classification_metrics, per_class_accuracy
+from visionkd.runtime.session import Session, is_model_file, open_session
+from visionkd.types import DataSet, Listener, Progress, Source
+from visionkd.workflows.results import EvalResult
+
+
+def evaluate(
+    *,
+    model: str,
+    data: str | None = None,
+    split: str | None = None,
+    batch_size: int | None = None,
+    limit: int | None = None,
+    accelerator: str | None = None,
+    backend: str | None = None,
+    options: Sequence[str] = (),
+    listener: Listener | None = None,
+) -> EvalResult:
+    """Measure ``model`` on a split of ``data``.
+
+    Args:
+        model: MODEL; a run directory stands for its packaged student.
+        data: DATA; None takes what the run was trained on.
+        split: Split to measure on; None takes ``val``, or the whole of a folder that has no splits.
+        batch_size: Images at a time.
+        limit: Most images, spread over the classes.
+        accelerator: ``auto``, ``cpu`` or ``gpu``.
+        backend: ``torch`` or ``onnxruntime``; None takes what the model's format needs.
+        options: ``KEY=VALUE`` overrides, such as ``data.shapes.num_val=1000``.
+        listener: Is told what happens.
+
+    Raises:
+        RequestError: If a name is unknown, or the model does not know the data's classes.
+        DataError: If no image can be read.
+    """
+    listener = listener or Listener()
+    run = run_of(model)
+    config = data_config(data, run=run, options=options)
+    is_file = is_model_file(model)
+    if is_file and backend == "torch":
+        raise RequestError(Problem("--backend", f"{model} runs in onnxruntime, not in torch", "Give the run or package it came from."))
+    if not is_file and backend == "onnxruntime":
+        raise RequestError(Problem("--backend", f"{model} is not an ONNX file", f"Run: visionkd export {model} --format onnx"))
+    loaded: Any = open_session(model, accelerator=accelerator or "auto") if is_file else _network(model)  # type: ignore[arg-type]
+    size = max(loaded.input.img_size)
+    dataset = open_data(config.data.path, config=config.data, seed=config.training.seed, img_size=size, task=config.task)
+    name, source = choose_split(dataset, split, trained_here=run is not None and data is None)
+    for text in dataset.messages:
+        listener.message(text)
+    if limit is not None and limit < len(source):
+        source = SubsetSource(source, stratified_limit(targets_of(source), limit, config.training.seed))
+    columns, note = match_classes(loaded.classes, dataset.classes, _num_outputs(loaded), model)
+    if note:
+        listener.message(note)
+    batch = batch_size or 64
+    if is_file:
+        probs, kept, skipped = _run_session(loaded, source, batch, listener)
+    else:
+        probs, kept, skipped = _run_network(loaded, source, batch, accelerator, config, listener)
+    if not len(kept):
+        raise DataError(f"None of the {len(source)} images can be read.", hint=f"Look at them with 'visionkd data check {config.data.path}'.")
+    if columns is not None:
+        probs = probs[:, list(columns)]
+        probs = probs / np.maximum(probs.sum(1, keepdims=True), 1e-12)  # what the model says given that it is one of these classes
+    targets = targets_of(source)[kept]
+    by_class = per_class_accuracy(probs, targets)
+    return EvalResult(
+        model=model,
+        data=config.data.path,
+        split=name,
+        num_images=len(kept),
+        metrics={metric: float(value) for metric, value in classification_metrics(probs, targets).items()},
+        per_class={label: float(value) for label, value in zip(dataset.classes, by_class, strict=True) if not np.isnan(value)},
+        skipped=skipped,
+    )
+
+
+def run_of(model: str) -> Path | None:
+    """Return the run directory that ``model`` is or lies in, None where there is none."""
+    path = Path(model)
+    return next((folder for folder in (path, path.parent, path.parent.parent) if (folder / "config.yaml").is_file()), None)
+
+
+def data_config(data: str | None, *, run: Path | None, options: Sequence[str] = ()) -> RunConfig:
+    """Return the data settings of a run with ``data`` and ``options`` put over them.
+
+    Raises:
+        RequestError: If there is neither data nor a run to take it from, or an option is wrong.
+    """
+    if data is None and run is None:
+        raise RequestError(Problem("--data", "is required: the model does not come from a run", "Example: --data path/to/images"))
+    text = None
+    if run is not None:
+        known = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
+        kept = {"data": known.get("data", {}), "training": {"seed": known.get("training", {}).get("seed", 0)}}
+        if data is not None:
+            kept["data"]["path"] = data
+        text = yaml.safe_dump(kept)
+    config = load_config(RunConfig, text=text, where=f"{run}/config.yaml", overrides={"data.path": data}, options=options)
+    dump_config(config)
+    return config
+
+
+def choose_split(data: DataSet, split: str | None, *, trained_here: bool) -> tuple[str, Source]:
+    """Return the split to measure on and its name."""
+    if split is None:
+        split = "all" if "all" in data.splits and not trained_here else "val"
+    if split not in data.splits:
+        known = sorted(data.splits)
+        raise RequestError(Problem("--split", f"{data.name} has no split '{split}'", did_you_mean(split, known) or f"It has {', '.join(known)}"))
+    return split, data.splits[split]
+
+
+def match_classes(
+    model_classes: Sequence[str] | None, data_classes: Sequence[str], num_outputs: int, model: str
+) -> tuple[Sequence[int] | None, str]:
+    """Return the model's output for each class of the data, None where they are the same, and what to say about it.
+
+    Raises:
+        RequestError: If the model does not know the classes.
+    """
+    try:
+        from visionkd.models.classes import align_classes
+    except ImportError:  # no timm here: go by the names
+        names = list(model_classes or ())
+        if names == list(data_classes) or (not names and num_outputs == len(data_classes)):
+            return None, ""
+        if set(data_classes) <= set(names):
+            return [names.index(label) for label in data_classes], "The model's classes are matched to the data's by name."
+    else:
+        found = align_classes(model_classes, data_classes, num_outputs)
+        if found.columns is not None:
+            return (None if found.identity else found.columns), "" if found.identity and model_classes else found.note
+    shown = ", ".join(list(data_classes)[:5]) + (", ..." if len(data_classes) > 5 else "")
+    raise RequestError(
+        Problem("--data", f"{model} has {num_outputs} classes that are not the data's {len(data_classes)} ({shown})"),
+        hint="Give it data with its own classes, or train it on these: 'visionkd train' or 'visionkd distill'.",
+    )
+
+
+def _network(model: str) -> Any:
+    from visionkd.workflows._networks import load_network
+
+    return load_network(model)
+
+
+def _num_outputs(loaded: Any) -> int:
+    if isinstance(loaded, Session):
+        if loaded.classes is not None:
+            return len(loaded.classes)
+        return loaded.predict_logits(np.zeros((1, 3, *loaded.input.img_size), np.float32)).shape[1]
+    return loaded.num_classes
+
+
+def _run_network(
+    network: Any, source: Source, batch_size: int, accelerator: str | None, config: RunConfig, listener: Listener
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    from visionkd.data.loader import default_workers
+    from visionkd.workflows._evaluation import answer
+    from visionkd.workflows._training import check_compute, torch_device
+
+    if accelerator is not None:
+        config.compute.accelerator = accelerator  # type: ignore[assignment]
+        if problems := check_compute(config):
+            raise RequestError(problems)
+    workers = default_workers() if config.data.workers is None else config.data.workers
+    device = torch_device(config.compute)
+    found = answer(network, source, device=device, batch_size=batch_size, workers=workers, listener=listener)
+    return found.probs, found.indices, found.skipped
+
+
+def _run_session(
+    session: Session, source: Source, batch_size: int, listener: Listener
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    kept: list[int] = []
+    skipped: list[str] = []
+    start = time.perf_counter()
+
+    def readable() -> Iterator[Any]:
+        for index in range(len(source)):
+            try:
+                image = source.load(index)
+            except UnreadableImageError:
+                skipped.append(source.name(index))
+                continue
+            kept.append(index)
+            if len(kept) % batch_size == 0:
+                rate = len(kept) / (time.perf_counter() - start)
+                left = (len(source) - index) / rate
+                listener.progress(Progress("evaluate", index + 1, len(source), images_per_s=rate, eta_s=left))
+            yield image
+
+    probs = session.predict_images(readable(), batch_size=batch_size)
+    return probs, np.asarray(kept, np.int64), tuple(skipped)

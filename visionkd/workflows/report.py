@@ -1,0 +1,138 @@
+"""Write a run's ``report.html``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from visionkd.data.open import open_data
+from visionkd.errors import RequestError, VisionKDError
+from visionkd.files import write_text
+from visionkd.report.data import Curves, Evaluation, ExportRow, ModelRow, ReportData
+from visionkd.report.html import render_report
+from visionkd.types import Listener
+from visionkd.workflows._evaluation import Evaluations
+from visionkd.workflows.evaluate import data_config
+from visionkd.workflows.results import ReportResult
+
+
+def report(
+    *, run: str, baseline: str | None = None, out: str | None = None, listener: Listener | None = None
+) -> ReportResult:
+    """Write the page.
+
+    Args:
+        run: Run directory.
+        baseline: Run of the same student trained alone; None takes the one that the run was compared with.
+        out: File to write; None takes ``report.html`` in the run.
+        listener: Is told what happens.
+
+    Raises:
+        RequestError: If there is no run, or it has trained nothing yet.
+    """
+    listener = listener or Listener()
+    path = Path(run)
+    status = _read_json(path / "status.json")
+    if status is None:
+        raise RequestError(f"{run} is not a run directory: it holds no status.json.", hint="Runs are made by 'visionkd distill' and 'visionkd train'.")
+    comparison = _read_json(path / "comparison.json")
+    if comparison is None:
+        state = status.get("state", "unknown")
+        raise RequestError(f"The run in {run} has no results to report yet (state: {state}).", hint=f"Finish it: --resume --out {run}")
+    config_text = (path / "config.yaml").read_text(encoding="utf-8")
+    config = yaml.safe_load(config_text)
+    baseline = baseline or config["report"]["baseline"]
+    evaluations = Evaluations.load(path / "evaluation.npz")
+    environment = _read_json(path / "environment.json") or {}
+    rows = comparison["rows"]
+    exports = tuple(ExportRow(**_known(ExportRow, row)) for row in _read_json(path / "export" / "export.json") or ())
+    exported_latency = _read_json(path / "export" / "latency.json") or {}
+    student = _model_row(_of_role(rows, "student")[0], note="", latency_ms=exported_latency)
+    baseline_rows = _of_role(rows, "baseline")
+    if not baseline_rows and baseline is not None:
+        baseline_rows = _of_role(_baseline_comparison(baseline)["rows"], "student")
+    card = _read_json(path / "model" / "model.json") or {}
+    data = ReportData(
+        title=f"{student.name}: {config.get('method', 'supervised training')}",
+        run=path.resolve().name,
+        created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        student=student,
+        teachers=tuple(_model_row(row, note="teacher") for row in _of_role(rows, "teacher")),
+        baseline=_model_row(baseline_rows[0], note="trained alone") if baseline_rows else None,
+        command=environment.get("command", ""),
+        data=str(card.get("origin", {}).get("data", config["data"]["path"])),
+        method=config.get("method", ""),
+        options=config.get("options", {}),
+        curves=_curves(path),
+        baseline_curves=_curves(Path(baseline)) if baseline is not None else None,
+        classes=tuple(card.get("classes") or ()),
+        evaluation=Evaluation(
+            evaluations.targets,
+            evaluations.probs["student"],
+            evaluations.probs.get("teacher"),
+            evaluations.probs.get("baseline"),
+            evaluations.names,
+        ),
+        thumbnail=_thumbnails(path, evaluations, listener),
+        environment=environment,
+        config=config_text,
+        messages=tuple((level, text) for level, text in status.get("messages", ())),
+        preflight=tuple((state, text) for state, text in status.get("preflight", ())),
+        exports=exports,
+    )
+    file = Path(out) if out is not None else path / "report.html"
+    write_text(file, render_report(data))
+    return ReportResult(file)
+
+
+def _model_row(row: Mapping[str, Any], *, note: str, latency_ms: Mapping[str, float] | None = None) -> ModelRow:
+    measured = {"torch": row["latency_ms"], **(latency_ms or {})}
+    return ModelRow(name=row["model"], note=note, **{**_known(ModelRow, row), "latency_ms": measured})
+
+
+def _known(kind: type, row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name in kind.__dataclass_fields__}  # type: ignore[attr-defined]
+
+
+def _of_role(rows: list[dict[str, Any]], role: str) -> list[dict[str, Any]]:
+    return [row for row in rows if row["role"] == role]
+
+
+def _baseline_comparison(run: str) -> dict[str, Any]:
+    found = _read_json(Path(run) / "comparison.json")
+    if found is None:
+        raise RequestError(f"--baseline {run} is not a finished run.", hint="Give the directory of a run made by 'visionkd train'.")
+    return found
+
+
+def _curves(run: Path) -> Curves | None:
+    file = run / "metrics.csv"
+    return Curves.read(file) if file.is_file() else None
+
+
+def _thumbnails(path: Path, evaluations: Evaluations, listener: Listener) -> Any:
+    """Return what gives the picture of an evaluated sample, None where the data is gone."""
+    config = data_config(None, run=path)
+    try:
+        source = open_data(config.data.path, config=config.data, seed=config.training.seed).splits["val"]
+    except (VisionKDError, KeyError) as error:
+        listener.message(f"The report is without pictures: {error}", level="warning")
+        return None
+
+    def thumbnail(index: int) -> Image.Image:
+        return source.load(int(evaluations.indices[index]))
+
+    return thumbnail
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
