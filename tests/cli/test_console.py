@@ -78,7 +78,15 @@ def test_live_progress_is_drawn_and_cleared() -> None:
         assert stream.getvalue() == drawn, "redrawn at most ten times a second"
         listener.message("[bold]no markup[/bold]")
         listener.epoch_end(Progress("distill", 10, 10, 2, 4, metrics={"val/top1": 55.1}))
-    for text in ("[2/4] Distil [b] from a", "stage 2/4, epoch 2/4", "38 %", "812 img/s", "1:02:05 left", "train/loss 0.5"):
+    expected = (
+        "[2/4] Distil [b] from a",
+        "stage 2/4, epoch 2/4",
+        "38 %",
+        "812 img/s",
+        "1:02:05 left",
+        "train/loss 0.5",
+    )
+    for text in expected:
         assert text in drawn
     assert "[bold]no markup[/bold]" in stream.getvalue()
     assert stream.getvalue().count("val/top1 55.10") == 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from visionkd.config.schema import NetworkConfig
-from visionkd.errors import WorkError
+from visionkd.errors import RequestError, WorkError
 from visionkd.export import onnx as export_module
 from visionkd.export.onnx import export_onnx
 from visionkd.export.verify import verify_onnx
@@ -170,3 +170,12 @@ def test_a_network_beyond_one_file_is_refused_before_the_work(tmp_path: Path, mo
     monkeypatch.setattr(export_module, "_SINGLE_FILE_BYTES", 1000)
     with pytest.raises(WorkError, match="2 GB"):
         export_onnx(make("cifar_resnet8"), tmp_path / "m.onnx", task="classification", classes=None, metrics={})
+
+
+def test_another_operator_set_is_never_taken_silently(tmp_path: Path) -> None:
+    network = make("cifar_resnet8")
+    written = export_onnx(network, tmp_path / "m.onnx", task="classification", classes=None, metrics={}, opset=21)
+    assert written.opset == 21 == onnx.load(tmp_path / "m.onnx").opset_import[0].version
+    with pytest.raises(RequestError, match="--opset: .*opset 99"):
+        export_onnx(network, tmp_path / "n.onnx", task="classification", classes=None, metrics={}, opset=99)
+    assert not (tmp_path / "n.onnx").exists()

@@ -70,6 +70,12 @@ def test_a_package_replaces_a_former_one_and_leaves_nothing_beside_it(package: P
     assert sorted(path.name for path in package.iterdir()) == ["model.json", "model.safetensors"]
 
 
+def test_what_a_killed_process_left_is_cleared(package: Path, network: Network) -> None:
+    (package.parent / ".model.abc.tmp").mkdir()
+    save_package(network, package, task="classification", classes=None, metrics={}, origin={})
+    assert [path.name for path in package.parent.iterdir()] == ["model"]
+
+
 def test_a_failure_leaves_the_former_package(package: Path, network: Network) -> None:
     before = (package / "model.json").read_bytes()
     with pytest.raises(TypeError):

@@ -4,6 +4,7 @@ import http.server
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -50,11 +51,18 @@ def test_a_failure_while_fetching_is_worded_and_other_errors_pass(monkeypatch: p
             raise RuntimeError("shape")
 
 
-def test_the_offline_switch_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_offline_switch_is_put_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(download, "reachable", lambda url: False)
+    with pytest.raises(DownloadError, match="cannot be reached"):
+        with download.hub_access("x", "timm/x", advice=""):
+            pytest.fail("nothing is built where nothing can be had")
+    snapshot = tmp_path / "models--timm--x" / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with download.hub_access("x", "timm/x", advice=""):
         assert constants.HF_HUB_OFFLINE
     assert not constants.HF_HUB_OFFLINE

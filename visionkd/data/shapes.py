@@ -34,9 +34,11 @@ COLOURS = {
 TEXTURES = ("shaded", "striped", "cloudy", "checked")
 _NAMES = tuple(COLOURS)
 _RGB = np.array(list(COLOURS.values()), dtype=np.float32)
-_MAIN_AREA = (0.05, 0.16)
-_OTHER_AREA = (0.15, 0.5)  # of the main object's
+_MAIN_AREA = (0.1, 0.28)
+_OTHER_AREA = (0.08, 0.3)  # of the main object's
 _VISIBLE = 0.6  # least share of an object that others leave in sight
+_CONTRAST = 110.0  # least difference of an object's colour from the background's, summed over RGB
+_TURN = math.radians(80)  # from 40 degrees one way to 40 degrees the other
 _DRAWS = 64
 
 
@@ -77,7 +79,7 @@ def draw(seed: int, index: int, size: int) -> Scene:
     chance = iter(rng.random(_DRAWS).tolist())
     scene = _Canvas(rng, chance, size)
     area = _between(_MAIN_AREA, next(chance))
-    scene.add(label, area, (0.27, 0.73), chance, in_front=True)
+    scene.add(label, area, (0.32, 0.68), chance, in_front=True)
     others = []
     for _ in range(int(next(chance) * 4)):
         kind = int(next(chance) * len(CLASSES))
@@ -99,11 +101,13 @@ class _Canvas:
         self.size = size
         ground = int(next(chance) * len(_NAMES))
         self.texture = int(next(chance) * len(TEXTURES))
-        self.free = [index for index in range(len(_NAMES)) if index != ground]
+        # An object of the background's brightness and hue could hide in its texture.
+        self.free = np.flatnonzero(np.abs(_RGB - (_RGB[ground] * 0.75 + 32.0)).sum(1) > _CONTRAST).tolist()
         self.ground = _NAMES[ground]
         first = _RGB[ground] * 0.75 + 32.0
         # The texture's other tone is the same colour, lighter or darker.
-        second = first * (0.45 + 0.3 * next(chance)) if next(chance) < 0.5 else first + (235.0 - first) * 0.5
+        depth = 0.15 + 0.3 * next(chance)
+        second = first * (1.0 - depth) if next(chance) < 0.5 else first + (235.0 - first) * depth
         tone = _texture(self.texture, [next(chance) for _ in range(4)], rng, size)
         self.pixels = first + tone[:, :, None] * (second - first)
         self.covered = np.zeros((size, size), dtype=np.float32)
@@ -118,7 +122,7 @@ class _Canvas:
         size = self.size
         colour = self.free[int(pick * len(self.free))]
         centre = np.array([_between(where, across), _between(where, down)]) * size
-        points = _outline(kind) @ _placement(turn * 2 * math.pi, 0.82 + 0.36 * stretch) * (math.sqrt(area) * size)
+        points = _outline(kind) @ _placement((turn - 0.5) * _TURN, 0.82 + 0.36 * stretch) * (math.sqrt(area) * size)
         found = _coverage(points + centre, size)
         if found is None:
             return None
@@ -224,9 +228,12 @@ def _outline(kind: int) -> np.ndarray:
     if name == "circle":
         points = _arc(0, 2 * math.pi, 40)
     elif name in ("triangle", "square", "pentagon"):
-        points = _arc(0, 2 * math.pi, {"triangle": 3, "square": 4, "pentagon": 5}[name])
+        corners, first = {"triangle": (3, -math.pi / 2), "square": (4, math.pi / 4), "pentagon": (5, -math.pi / 2)}[
+            name
+        ]
+        points = _arc(first, first + 2 * math.pi, corners)
     elif name == "star":
-        points = _arc(0, 2 * math.pi, 10) * np.where(np.arange(10) % 2, 0.42, 1.0)[:, None]
+        points = _arc(-math.pi / 2, 1.5 * math.pi, 10) * np.where(np.arange(10) % 2, 0.42, 1.0)[:, None]
     elif name == "cross":
         arm = np.array([(1, 0.32), (0.32, 0.32), (0.32, 1)])
         points = np.concatenate([arm @ np.array([[c, s], [-s, c]]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))])

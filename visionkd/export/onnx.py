@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import visionkd
 from visionkd.benchmark.complexity import measure_complexity
-from visionkd.errors import RequestError, VisionKDError, WorkError
+from visionkd.errors import Problem, RequestError, VisionKDError, WorkError
 from visionkd.files import replacing
 from visionkd.models.factory import Network
 from visionkd.models.weights import weights_sha256
@@ -84,6 +84,7 @@ def export_onnx(
         check: Called with the finished file before it gets its name; if it raises, no file is left.
 
     Raises:
+        RequestError: If the exporter does not write ``opset``.
         WorkError: If the network cannot be expressed in ONNX, or is too large for one file.
     """
     path = Path(path)
@@ -109,7 +110,16 @@ def export_onnx(
         "complexity": json.dumps(asdict(measure_complexity(network))),
     }
     program = _export(copied, network.architecture, opset)
-    for node in program.model.graph.all_nodes():
+    version = program.model.opset_imports[""]
+    if opset not in (None, version):  # the exporter goes its own way without a word
+        raise RequestError(
+            Problem(
+                "--opset",
+                f"'{network.architecture}' cannot be written in opset {opset}",
+                f"Leave it out, or take {version}.",
+            )
+        )
+    for node in [*program.model.graph, *(node for function in program.model.functions.values() for node in function)]:
         node.metadata_props.clear()  # stack traces with the paths of this machine, a fifth of a small file
     program.model.metadata_props.update(metadata)
     program.model.producer_name, program.model.producer_version = "visionkd", visionkd.__version__
@@ -118,7 +128,6 @@ def export_onnx(
             program.save(temporary, external_data=False)
         if check is not None:
             check(temporary)
-    version = program.model.opset_imports[""]
     return OnnxExport(path, path.stat().st_size / 1e6, version, metadata)
 
 

@@ -74,7 +74,7 @@ def verify_onnx(
     """
     try:
         found = _compare(portable(network), path, images, targets, batch_size)
-        _judge(found, Path(path), tolerance, max_drop)
+        _judge(found, network.architecture, tolerance, max_drop)
     except BaseException:
         Path(path).unlink(missing_ok=True)
         raise
@@ -93,7 +93,7 @@ def _compare(
         raise ValueError(f"images N x 3 x {network.input.img_size} expected, got {tuple(images.shape)}")
     session = Session(OrtModel(path))
     if session.input != network.input:
-        raise WorkError(f"'{path}' describes another input ({session.input}) than the network's ({network.input})")
+        raise WorkError(f"the file describes another input ({session.input}) than the network's ({network.input})")
     # A batch of one first, then full ones, and a last one that is smaller: three sizes where there are enough images.
     chunks = [images[i : i + 1] for i in range(min(_SINGLES, len(images)))]
     singles = len(chunks)
@@ -108,7 +108,7 @@ def _compare(
         given.append(session.predict_logits(batch.numpy()))
         if given[-1].shape != expected[-1].shape:
             raise WorkError(
-                f"'{path}' answers with {given[-1].shape} where the network answers with {expected[-1].shape}"
+                f"the file answers with {given[-1].shape} where the network answers with {expected[-1].shape}"
             )
     diffs = [np.abs(a - b).max() for a, b in zip(expected, given, strict=True)]
     scale = max(float(np.abs(logits).max()) for logits in expected)
@@ -130,17 +130,18 @@ def _compare(
     )
 
 
-def _judge(found: Verification, path: Path, tolerance: float, max_drop: float) -> None:
+def _judge(found: Verification, architecture: str, tolerance: float, max_drop: float) -> None:
     hint = "Report it with the name of the network and the versions from: visionkd doctor"
+    where = f"on {found.num_images} images, so the file was removed"
     if not found.relative_diff <= tolerance:  # written so that NaN fails
         raise WorkError(
-            f"'{path.name}' differs from PyTorch by {found.max_abs_diff:.3g} ({found.relative_diff:.2g} of the largest "
-            f"logit; {tolerance:g} is allowed) on {found.num_images} images, so it was removed",
+            f"the ONNX file of '{architecture}' differs from PyTorch by {found.max_abs_diff:.3g}, "
+            f"{found.relative_diff:.2g} of the largest logit ({tolerance:g} is allowed), {where}",
             hint=hint,
         )
     if found.top1_torch is not None and found.top1_exported < found.top1_torch - max_drop:
         raise WorkError(
-            f"'{path.name}' loses {found.top1_torch - found.top1_exported:.2f} points of top-1 on {found.num_images} "
-            f"images ({max_drop:g} are allowed), so it was removed",
+            f"the ONNX file of '{architecture}' loses {found.top1_torch - found.top1_exported:.2f} points of top-1 "
+            f"({max_drop:g} are allowed) {where}",
             hint=hint,
         )

@@ -77,6 +77,9 @@ def save_package(
         for file in (WEIGHTS_FILE, CARD_FILE):
             os.chmod(temporary / file, 0o666 & ~umask)
         _swap(temporary, directory)
+        for stale in directory.parent.glob(f".{directory.name}.*"):  # left by a process that was killed
+            if stale.suffix in (".tmp", ".old"):
+                shutil.rmtree(stale, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return directory

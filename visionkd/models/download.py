@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import socket
+import sys
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from visionkd.errors import DownloadError, VisionKDError
@@ -73,29 +76,34 @@ def hub_access(wanted: str, repository: str, *, advice: str) -> Iterator[None]:
     """
     from huggingface_hub import constants
 
-    online = not constants.HF_HUB_OFFLINE and reachable(constants.ENDPOINT)
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, not online
+    switched_off, host = constants.HF_HUB_OFFLINE, urlsplit(constants.ENDPOINT).netloc
+    online = not switched_off and reachable(constants.ENDPOINT)
+    state = "downloads are switched off (HF_HUB_OFFLINE)" if switched_off else f"{host} cannot be reached"
+    message = f"the published weights of '{wanted}' ({repository}) are not in the cache, and "
+    if not online and not _in_hub_cache(repository):
+        raise DownloadError(message + state, hint=advice)  # before a large network is built in vain
+    constants.HF_HUB_OFFLINE = not online
     try:
-        with quiet_libraries():
+        with quiet_libraries(), _progress_bars():
             yield
     except VisionKDError:
         raise
     except Exception as error:
         if not _is_network_error(error):
             raise
-        host = urlsplit(constants.ENDPOINT).netloc
-        if before:
-            state = "downloads are switched off (HF_HUB_OFFLINE)"
-        elif online:
+        if online:
             text = str(error).strip()
             state = f"{host} did not deliver them: {text.splitlines()[0][:200] if text else type(error).__name__}"
-        else:
-            state = f"{host} cannot be reached"
-        raise DownloadError(
-            f"the published weights of '{wanted}' ({repository}) are not in the cache, and {state}", hint=advice
-        ) from error
+        raise DownloadError(message + state, hint=advice) from error
     finally:
-        constants.HF_HUB_OFFLINE = before
+        constants.HF_HUB_OFFLINE = switched_off
+
+
+def _in_hub_cache(repository: str) -> bool:
+    from huggingface_hub import constants
+
+    folder = "models--" + repository.partition("@")[0].replace("/", "--")
+    return any(Path(constants.HF_HUB_CACHE, folder, "snapshots").glob("*/*"))
 
 
 @contextlib.contextmanager
@@ -109,10 +117,25 @@ def url_access(wanted: str, url: str, *, advice: str) -> Iterator[None]:
     if not os.path.exists(cached) and not reachable(url):
         raise DownloadError(f"{message} cannot be reached", hint=advice)
     try:
-        with quiet_libraries():
+        with quiet_libraries(), contextlib.redirect_stderr(io.StringIO()):
             yield
     except (OSError, EOFError) as error:
         raise DownloadError(f"{message} did not deliver them: {error}", hint=advice) from error
+
+
+@contextlib.contextmanager
+def _progress_bars() -> Iterator[None]:
+    """Let the hub's client draw its progress bars on a terminal only."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    hide = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if hide:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            enable_progress_bars()
 
 
 def advice(wanted: str, *, page: str, cache: str) -> str:
