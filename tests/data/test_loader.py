@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -277,6 +280,24 @@ def test_unreadable_image_is_replaced_by_the_next_readable_one():
 def test_nothing_readable_is_an_error():
     with pytest.raises(DataError, match="no readable image among 5"):
         list(make(NoiseSource(5, bad=tuple(range(5)))))
+
+
+def test_error_in_a_worker_arrives_as_it_was_raised():
+    with pytest.raises(DataError) as caught:
+        list(make(NoiseSource(5, bad=tuple(range(5))), workers=1))
+    assert caught.value.message.startswith("no readable image") and "data check" in caught.value.hint
+    assert "Traceback" not in str(caught.value)
+
+
+def test_workers_leave_ctrl_c_to_the_main_process(capfd):
+    loader = make(NoiseSource(40), workers=2)
+    batches = iter(loader)
+    expected = epoch_of(make(NoiseSource(40)), 0)
+    first = next(batches)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)
+    assert equal([first, *batches], expected)
+    assert "KeyboardInterrupt" not in capfd.readouterr().err
 
 
 def test_auto_cache():

@@ -100,6 +100,17 @@ def test_limit_does_not_touch_the_test_split(tmp_path, make_folder):
     assert sizes(open_data(str(root), config=config(limit_val=2))) == {"train": 4, "test": 6, "val": 2}
 
 
+def test_fingerprint_follows_the_choice_of_training_samples(flat):
+    """Stored teacher labels are numbered within the training split."""
+
+    def now(seed: int = 0, **values) -> str:
+        return open_data(str(flat), config=config(**values), seed=seed).fingerprint
+
+    different = {now(), now(seed=1), now(val_fraction=0.3), now(limit_train=10), now(limit_train=11)}
+    assert len(different) == 5
+    assert now() == now(limit_val=2)
+
+
 def test_shapes_follow_the_configuration():
     data = open_data("shapes", config=config(shapes=ShapesConfig(num_train=20, num_val=9)), img_size=48)
     assert sizes(data) == {"train": 20, "val": 9} and len(data.classes) == 8

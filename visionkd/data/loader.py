@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import signal
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,13 +21,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from visionkd.data.cache import AUTO_LIMIT_BYTES, CachedSource, _affinity, build_cache, estimate_bytes
-from visionkd.errors import DataError, UnreadableImageError
+from visionkd.errors import DataError, UnreadableImageError, VisionKDError
 from visionkd.types import Source
 
 Transform = Callable[[Any], Tensor]
 _MOST_REPLACEMENTS = 1000
 _MOST_WORKERS = 8
 _MIN_EPOCHS_TO_CACHE = 3
+_SMALL_BATCH_BYTES = 4_000_000
+_ERROR = "error"
 
 
 def view_seed(seed: int, view: int, index: int) -> int:
@@ -123,6 +126,18 @@ class _Batches(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
+    def __getitems__(self, samples: Sequence[Any]) -> dict[str, Any]:
+        try:
+            return self._batch(samples)
+        except VisionKDError as error:
+            if get_worker_info() is None:
+                raise
+            # Raised here, it would reach the user wrapped in this process's traceback and without its hint.
+            return {_ERROR: error}
+
+    def _batch(self, samples: Sequence[Any]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
     def _collate(self, images: list[Tensor], targets: list[int], **rest: list[int]) -> dict[str, Tensor]:
         if images:
             stacked = _empty((len(images), *images[0].shape))
@@ -146,7 +161,7 @@ class _TrainBatches(_Batches):
         self.seed = seed
         self.with_view = with_view
 
-    def __getitems__(self, pairs: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+    def _batch(self, pairs: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
         # The main process's own randomness must not notice; a loader process has no other use for it.
         state = None if get_worker_info() is not None else (torch.get_rng_state(), random.getstate())
         try:
@@ -184,7 +199,7 @@ class _TrainBatches(_Batches):
 
 
 class _EvalBatches(_Batches):
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def _batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         images, kept, skipped = [], [], []
         for index in indices:
             try:
@@ -196,8 +211,29 @@ class _EvalBatches(_Batches):
         return batch | {"unreadable": torch.tensor(skipped, dtype=torch.int64)}
 
 
-def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
     return batch
+
+
+def _start_worker(_: int) -> None:
+    """Leave Ctrl-C to the main process, which ends its loader processes when it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class _Received:
+    """Raises errors that loader processes sent."""
+
+    def __init__(self, batches: Iterator[dict[str, Any]]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> _Received:
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        batch = next(self._batches)
+        if _ERROR in batch:
+            raise batch[_ERROR]
+        return batch
 
 
 class _Loader(DataLoader):
@@ -207,17 +243,26 @@ class _Loader(DataLoader):
     the start of an epoch, and a run resumed in the middle of one stays in step.
     """
 
-    def __init__(self, dataset: _Batches, batch_sampler: Any, workers: int) -> None:
+    def __init__(
+        self, dataset: _Batches, batch_sampler: Any, workers: int, batch_size: int, pin_memory: bool | None
+    ) -> None:
+        height, width = getattr(dataset.transform, "img_size", (0, 0))
+        small = batch_size * 3 * height * width < _SMALL_BATCH_BYTES
         super().__init__(
             dataset,
             batch_sampler=batch_sampler,
             num_workers=workers,
             collate_fn=_as_it_is,
             persistent_workers=workers > 0,
-            prefetch_factor=4 if workers else None,
-            pin_memory=torch.cuda.is_available(),
+            # Batches ahead lie in shared memory, of which a container may have 64 MB.
+            prefetch_factor=(4 if small else 2) if workers else None,
+            pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+            worker_init_fn=_start_worker,
             generator=torch.Generator().manual_seed(0),
         )
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return _Received(super().__iter__())
 
     @property
     def source(self) -> Source:
@@ -309,6 +354,7 @@ def train_loader(
     cache: str = "auto",
     views: int | None = None,
     epochs: int | None = None,
+    pin_memory: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TrainLoader:
     """Return the batches to train on.
@@ -324,12 +370,14 @@ def train_loader(
         cache: ``ram`` decodes all images now, ``auto`` does so where they fit in 1 GB, ``none`` never.
         views: Number of different views per sample; None draws a new one every epoch.
         epochs: Epochs to come, if known: ``auto`` caches nothing for fewer than three.
+        pin_memory: Copy batches to page-locked memory; None does where there is a CUDA device.
         progress: Called with images decoded and images in all while the cache is filled.
     """
     source = _maybe_cached(source, cache, epochs, progress)
     sampler = PositionedSampler(len(source), batch_size, seed=seed, rank=rank, world_size=world_size, views=views)
     workers = default_workers(world_size) if workers is None else workers
-    return TrainLoader(_TrainBatches(source, transform, seed, views is not None), sampler, workers)
+    batches = _TrainBatches(source, transform, seed, views is not None)
+    return TrainLoader(batches, sampler, workers, batch_size, pin_memory)
 
 
 def eval_loader(
@@ -341,6 +389,7 @@ def eval_loader(
     rank: int = 0,
     world_size: int = 1,
     cache: str = "none",
+    pin_memory: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> EvalLoader:
     """Return the batches to evaluate on, in order, each sample once.
@@ -353,9 +402,10 @@ def eval_loader(
         rank: This process.
         world_size: Number of processes.
         cache: As for :func:`train_loader`; pays where the same split is evaluated after every epoch.
+        pin_memory: As for :func:`train_loader`.
         progress: Called with images decoded and images in all while the cache is filled.
     """
     source = _maybe_cached(source, cache, None, progress)
     sampler = EvalBatchSampler(len(source), batch_size, rank=rank, world_size=world_size)
     workers = default_workers(world_size) if workers is None else workers
-    return EvalLoader(_EvalBatches(source, transform), sampler, workers)
+    return EvalLoader(_EvalBatches(source, transform), sampler, workers, batch_size, pin_memory)

@@ -48,6 +48,7 @@ def open_data(
         DownloadError: If a known data set cannot be fetched.
     """
     config = config or DataConfig()
+    path = os.fspath(path)
     if task not in ("auto", "classification"):
         raise RequestError(Problem("--task", f"'{task}' is not supported yet by this version", "Use classification"))
     opened = _open(path, config, img_size)
@@ -59,12 +60,16 @@ def open_data(
             messages.append(f"{split} is limited to {limit} of {len(source)} images, spread over the classes.")
             if limit < len(opened.classes):
                 messages.append(f"{limit} images cannot show all {len(opened.classes)} classes.")
+    parts = [opened.fingerprint.encode()]
+    if isinstance(splits.get("train"), SubsetSource):
+        # Sample numbers count within the training split: what was taken out of it belongs to its identity.
+        parts.append(splits["train"].indices.tobytes())
     return DataSet(
         name=opened.name,
         task="classification",
         classes=opened.classes,
         splits=splits,
-        fingerprint=opened.fingerprint,
+        fingerprint=fingerprint(parts) if len(parts) > 1 else opened.fingerprint,
         messages=(*opened.messages, *messages),
     )
 

@@ -195,6 +195,7 @@ class DistillationModule(lightning.LightningModule):
         if not self._train_count:
             return {}
         means = torch.stack([value.float() for value in self._train_sums.values()]) / self._train_count
+        means = self.all_gather(means).view(-1, len(means)).mean(0)  # of all ranks, so that all of them see a NaN
         found = {f"train/{name}": value for name, value in zip(self._train_sums, means.tolist(), strict=True)}
         self._train_sums.clear()
         self._train_count = 0

@@ -26,7 +26,7 @@ from visionkd.types import DataSet, Listener, Progress, Source
 from visionkd.workflows._rundir import RunDirectory
 from visionkd.workflows._training import torch_device
 
-_CPU_PROBE_GMACS = 10_000.0  # what a probe may cost where there is no GPU: a few minutes on two cores
+_CPU_PROBE_GMACS = 5_000.0  # what a probe may cost where there is no GPU: a few minutes on two cores
 _PREFLIGHT_IMAGES = 256
 _PREFLIGHT_S = 10.0
 
