@@ -178,6 +178,13 @@ def test_the_table_names_the_command_of_each_header() -> None:
     assert wrong == []
 
 
+@every_recipe
+def test_the_table_states_the_epochs(name: str) -> None:
+    text = (ROOT / "configs" / "README.md").read_text("utf-8")
+    row = next(line for line in text.splitlines() if line.startswith(f"| [`{name}`]"))
+    assert re.findall(r"(\d+) epochs", row) == [str(config_of(name).training.epochs)]
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -1,7 +1,7 @@
 """One training step, as each contender does it.
 
-Each maker returns a function that makes one optimiser step on the fixed batch and returns the loss, or raises ImportError
-where its library is not installed. All start from the same weights and use the same fused SGD.
+Each maker returns a function that makes one optimiser step on the fixed batch and returns the loss, or raises
+ImportError where its library is not installed. All start from the same weights and use the same fused SGD.
 """
 
 from __future__ import annotations
@@ -154,8 +154,10 @@ def torchdistill_box(material: Material) -> Step:
     from torchdistill.core.distillation import DistillationBox
 
     def_logger.setLevel(logging.ERROR)
-    logits = {"student_module_path": ".", "student_module_io": "output", "teacher_module_path": ".", "teacher_module_io": "output"}
-    loss = {"key": "KDLoss", "kwargs": {**logits, "temperature": TEMPERATURE, "alpha": TASK_WEIGHT, "beta": DISTILL_WEIGHT}}
+    logits = {f"{who}_module_path": "." for who in ("student", "teacher")}
+    logits |= {f"{who}_module_io": "output" for who in ("student", "teacher")}
+    weights = {"alpha": TASK_WEIGHT, "beta": DISTILL_WEIGHT}
+    loss = {"key": "KDLoss", "kwargs": {**logits, **weights, "temperature": TEMPERATURE}}
     config = {
         "num_epochs": 1,
         "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False},
@@ -216,9 +218,8 @@ CONTENDERS = (
 
 
 def _distillation_loss(logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-    soft = F.kl_div(
-        F.log_softmax(logits / TEMPERATURE, dim=1), F.softmax(teacher_logits / TEMPERATURE, dim=1), reduction="batchmean"
-    )
+    log_probs = F.log_softmax(logits / TEMPERATURE, dim=1)
+    soft = F.kl_div(log_probs, F.softmax(teacher_logits / TEMPERATURE, dim=1), reduction="batchmean")
     return TASK_WEIGHT * F.cross_entropy(logits, target) + DISTILL_WEIGHT * TEMPERATURE**2 * soft
 
 

@@ -1,4 +1,4 @@
-"""Does loading images keep up with a small student? Images a second of the loader alone, of training alone, and of both."""
+"""Does loading images keep up with a small student? Images a second of the loader, of training, and of both at once."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from statistics import median
 
 import numpy as np
 import torch
-from _bench.setting import Setting
 from PIL import Image
+
+from _bench.setting import Setting
 from visionkd.config.schema import NetworkConfig, TrainConfig
 from visionkd.data.loader import TrainLoader, train_loader
 from visionkd.data.open import open_data
@@ -25,6 +26,7 @@ from visionkd.workflows._training import resolve_training
 
 _CLASSES = 10
 _EPOCHS = 20  # of the run that this stands for; 'auto' caches nothing for very short ones
+_WARMUP = 3
 _CONTRAST, _GRAIN = 55.0, 8.0  # grey levels; gives files of the size of photographs
 
 
@@ -35,7 +37,7 @@ class Case:
     Attributes:
         img_size: Height and width of the training views in pixels.
         stored_px: Height and width of the image files in pixels.
-        cache: ``auto`` or ``none``; large data sets do not fit into memory, and a small stand-in for one must not either.
+        cache: ``auto``, or ``none`` where a few images stand for a data set that does not fit into memory.
         student: timm name.
         batch_size: Images per step.
         batches: Batches in an epoch, which is one slice of a round.
@@ -50,8 +52,8 @@ class Case:
 
 
 CASES = (
-    Case(32, (32, 32), "auto", "cifar_resnet8", batch_size=128, batches=50),
-    Case(224, (375, 500), "none", "mobilenetv3_small_050", batch_size=32, batches=16),
+    Case(32, (32, 32), "auto", "cifar_resnet8", batch_size=128, batches=30),
+    Case(224, (375, 500), "none", "mobilenetv3_small_050", batch_size=32, batches=12),
     Case(224, (375, 500), "none", "resnet18", batch_size=32, batches=4),
 )
 
@@ -103,11 +105,9 @@ def measure_pipeline(
         write_images(Path(folder), count=case.batch_size * case.batches, size=case.stored_px)
         loader = _loader(folder, case, setting, workers)
         step = _training_step(case, setting)
-        at_hand = next(iter(loader))
-        for batch in loader:  # the first epoch starts the workers; the network warms up on a few batches
-            pass
-        for number in range(3):
-            step(batch, number)
+        at_hand = list(loader)[0]  # the first epoch starts the workers and is not timed
+        for number in range(_WARMUP):
+            step(at_hand, number)
 
         def pipeline() -> int:
             return sum(len(batch["image"]) for batch in loader)
@@ -191,8 +191,12 @@ def write_images(folder: Path, *, count: int, size: tuple[int, int]) -> None:
         for name in range(_CLASSES):
             (folder / split / f"class{name}").mkdir(parents=True)
         for number in range(images):
-            coarse = (128 + _CONTRAST * random.standard_normal((8, 8, 3))).clip(0, 255).astype(np.uint8)
-            smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
+            coarse = Image.fromarray(_pixels(128 + _CONTRAST * random.standard_normal((8, 8, 3))))
+            smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
             grain = _GRAIN * random.standard_normal((height, width, 1), dtype=np.float32)
-            image = Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8))
-            image.save(folder / split / f"class{number % _CLASSES}" / f"{number:05d}.jpg", quality=90)
+            file = folder / split / f"class{number % _CLASSES}" / f"{number:05d}.jpg"
+            Image.fromarray(_pixels(smooth + grain)).save(file, quality=90)
+
+
+def _pixels(values: np.ndarray) -> np.ndarray:
+    return values.clip(0, 255).astype(np.uint8)

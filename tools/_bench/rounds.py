@@ -1,10 +1,10 @@
 """Interleaved rounds: in each, every contender makes a few steps in turn.
 
-The load of a machine drifts by more than what is to be seen here, so a ratio is taken within each round, between slices that
-lie a moment apart, and the median over rounds is reported.
+The load of a machine drifts by more than what is to be seen here, so a ratio is taken within each round, between slices
+that lie a moment apart, and the median over rounds is reported.
 
-One contender is Lightning's Trainer, which wants to own the loop. It is let: all others run inside its data loader, between
-two batches, in the same thread (another thread would have other memory arenas and another pool of workers).
+One contender is Lightning's Trainer, which wants to own the loop. It is let: all others run inside its data loader,
+between two batches, in the same thread (another thread would have other memory arenas and another pool of workers).
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 
+from torch import Tensor
+
 from _bench.contenders import NAIVE, Contender
 from _bench.setting import Material, Step
-from torch import Tensor
 from visionkd.errors import WorkError
 from visionkd.types import Listener
 from visionkd.workflows._callbacks import Checkpoints, Metrics
@@ -106,7 +107,13 @@ class _Schedule:
     """Runs all contenders, and yields whenever it is the Trainer's turn to make a step."""
 
     def __init__(
-        self, steppers: dict[str, Step | None], *, rounds: int, steps: int, warmup: int, progress: Callable[[int, int], None]
+        self,
+        steppers: dict[str, Step | None],
+        *,
+        rounds: int,
+        steps: int,
+        warmup: int,
+        progress: Callable[[int, int], None],
     ) -> None:
         self.steppers = steppers
         self.rounds, self.steps, self.warmup = rounds, steps, warmup
@@ -153,7 +160,7 @@ class _Loader:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for _ in self.schedule:
             yield self.batch
-        yield self.batch  # the Trainer asks for nothing after the last batch; without this one the last slice never ends
+        yield self.batch  # the Trainer asks for nothing after its last batch, so the last slice needs one more to end
 
 
 def _train(material: Material, schedule: _Schedule) -> None:
@@ -174,10 +181,11 @@ def _train(material: Material, schedule: _Schedule) -> None:
 
 def _check_losses(results: Sequence[Result], *, tolerance: float) -> None:
     """Refuse to compare unequal work."""
-    losses = {result.contender.name: result.loss for result in results if result.contender.distils and result.loss is not None}
+    distilling = (result for result in results if result.contender.distils)
+    losses = {result.contender.name: result.loss for result in distilling if result.loss is not None}
     reference = losses.get(NAIVE)
     if reference is None:
         return
     for name, loss in losses.items():
         if abs(loss - reference) > tolerance * abs(reference):
-            raise WorkError(f"'{name}' computes another loss than '{NAIVE}' on the same batch: {loss:.6g}, not {reference:.6g}.")
+            raise WorkError(f"'{name}' computes another loss than '{NAIVE}': {loss:.6g}, not {reference:.6g}.")

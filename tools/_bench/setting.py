@@ -156,13 +156,13 @@ class Material:
             teachers=[self.teacher],
             task=ClassificationTask(num_classes=self.pair.num_classes),
             config=config,
-            options=KDOptions(temperature=TEMPERATURE, task_loss_weight=TASK_WEIGHT, distill_loss_weight=DISTILL_WEIGHT),
+            options=KDOptions(TEMPERATURE, task_loss_weight=TASK_WEIGHT, distill_loss_weight=DISTILL_WEIGHT),
             budget=Budget(steps_per_epoch=steps, epochs=1),
         )
 
 
 def _share_statistics(source: Network, other: Network) -> None:
-    """Give ``other`` the input statistics of ``source``: then one normalised batch serves both, and nobody converts."""
+    """Give ``other`` the input statistics of ``source``: one normalised batch then serves both."""
     other.normalize = copy.deepcopy(source.normalize)
     for network in (source, other):
         known = getattr(network.net, "pretrained_cfg", None)

@@ -16,6 +16,7 @@ from visionkd.errors import UnreadableImageError
 from visionkd.types import Source
 
 AUTO_LIMIT_BYTES = 1_000_000_000
+_MIN_EPOCHS = 3
 _PROBES = 16
 _PART = 64
 _RESERVE = 1.1
@@ -113,6 +114,27 @@ def build_cache(
             if progress is not None:
                 progress(stop, count)
     return CachedSource(source, pixels[:used], offsets, shapes)
+
+
+def cached(
+    source: Source, mode: str, *, epochs: int | None = None, progress: Callable[[int, int], None] | None = None
+) -> Source:
+    """Return ``source`` cached, or as it is.
+
+    Args:
+        source: What to decode.
+        mode: ``ram`` caches, ``none`` does not, ``auto`` does where all images fit in 1 GB and pay for it.
+        epochs: Passes to come, if known: ``auto`` caches nothing for fewer than three.
+        progress: Called with images done and images in all.
+    """
+    if mode == "none" or not len(source):
+        return source
+    if mode == "ram":
+        return build_cache(source, progress=progress) or source
+    too_few = epochs is not None and epochs < _MIN_EPOCHS
+    if too_few or estimate_bytes(source) > AUTO_LIMIT_BYTES:
+        return source
+    return build_cache(source, limit_bytes=AUTO_LIMIT_BYTES, progress=progress) or source
 
 
 def _decode(source: Source, index: int) -> np.ndarray | None:

@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from visionkd.data.cache import AUTO_LIMIT_BYTES, CachedSource, _affinity, build_cache, estimate_bytes
+from visionkd.data.cache import CachedSource, _affinity, cached
 from visionkd.errors import DataError, UnreadableImageError, VisionKDError
 from visionkd.types import Source
 
 Transform = Callable[[Any], Tensor]
 _MOST_REPLACEMENTS = 1000
 _MOST_WORKERS = 8
-_MIN_EPOCHS_TO_CACHE = 3
 _SMALL_BATCH_BYTES = 4_000_000
 _ERROR = "error"
 
@@ -328,20 +327,6 @@ class EvalLoader(_Loader):
     """Batches hold ``image``, ``target``, ``index`` of readable samples; ``unreadable`` lists the indices left out."""
 
 
-def _maybe_cached(
-    source: Source, cache: str, epochs: int | None, progress: Callable[[int, int], None] | None
-) -> Source:
-    if cache == "none" or not len(source):
-        return source
-    if cache == "ram":
-        return build_cache(source, progress=progress) or source
-    if epochs is not None and epochs < _MIN_EPOCHS_TO_CACHE:
-        return source
-    if estimate_bytes(source) > AUTO_LIMIT_BYTES:
-        return source
-    return build_cache(source, limit_bytes=AUTO_LIMIT_BYTES, progress=progress) or source
-
-
 def train_loader(
     source: Source,
     transform: Transform,
@@ -373,7 +358,7 @@ def train_loader(
         pin_memory: Copy batches to page-locked memory; None does where there is a CUDA device.
         progress: Called with images decoded and images in all while the cache is filled.
     """
-    source = _maybe_cached(source, cache, epochs, progress)
+    source = cached(source, cache, epochs=epochs, progress=progress)
     sampler = PositionedSampler(len(source), batch_size, seed=seed, rank=rank, world_size=world_size, views=views)
     workers = default_workers(world_size) if workers is None else workers
     batches = _TrainBatches(source, transform, seed, views is not None)
@@ -405,7 +390,7 @@ def eval_loader(
         pin_memory: As for :func:`train_loader`.
         progress: Called with images decoded and images in all while the cache is filled.
     """
-    source = _maybe_cached(source, cache, None, progress)
+    source = cached(source, cache, progress=progress)
     sampler = EvalBatchSampler(len(source), batch_size, rank=rank, world_size=world_size)
     workers = default_workers(world_size) if workers is None else workers
     return EvalLoader(_EvalBatches(source, transform), sampler, workers, batch_size, pin_memory)

@@ -1,0 +1,38 @@
+"""Two processes train the same model as one process with twice the batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+# a transformer: batch norm would see half the batch in each process
+SETTINGS = (
+    "train --model test_vit --no-pretrained -o model.img_size=32 --epochs 2 --batch-size 16 --accelerator cpu"
+    " -o data.shapes.num_train=64 -o data.shapes.num_val=32 -o data.workers=0 -o report.enabled=false"
+    " -o training.log_every=2 -o training.clip_grad_norm=1.0"
+).split()
+
+
+def train(out: Path, *arguments: str) -> dict[str, torch.Tensor]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "visionkd", *SETTINGS, "--out", str(out), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return load_file(out / "model" / "model.safetensors")
+
+
+def test_two_processes_equal_one(tmp_path):
+    one, two = train(tmp_path / "one"), train(tmp_path / "two", "--devices", "2")
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=1e-3, atol=1e-4)
+    accumulated = train(tmp_path / "accumulated", "-o", "training.accumulate=2")
+    for name, value in one.items():
+        torch.testing.assert_close(value, accumulated[name], rtol=1e-3, atol=1e-4)
+    start = train(tmp_path / "start", "--lr", "1e-30", "-o", "optimizer.weight_decay=0")
+    assert any((one[name] - start[name]).abs().max() > 1e-3 for name in one), "the training moved nothing"
