@@ -13,7 +13,8 @@ import torch
 from visionkd import registry
 from visionkd.config.load import build_options
 from visionkd.config.schema import DistillConfig, NetworkConfig
-from visionkd.methods._base import Budget, DistillationModule
+from visionkd.methods._base import DistillationModule
+from visionkd.methods._optimizer import Budget
 from visionkd.models.factory import create_network
 from visionkd.tasks.classification import ClassificationTask
 
@@ -89,7 +90,9 @@ class MethodContract:
         first = next(iter(dataclasses.fields(options))).name
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(options, first, None)
-        assert self.method.Options.__doc__ and all(f.name in self.method.Options.__doc__ for f in dataclasses.fields(options))
+        assert self.method.Options.__doc__ and all(
+            f.name in self.method.Options.__doc__ for f in dataclasses.fields(options)
+        )
 
     def test_loss_is_the_weighted_sum_of_named_terms(self):
         module = self.build()
@@ -118,7 +121,9 @@ class MethodContract:
         owned = {id(p) for teacher in module.teachers for p in teacher.parameters()}
         assert not owned & {id(p) for p in module.parameters()}
         state_size = sum(value.numel() for value in module.state_dict().values())
-        trained = sum(value.numel() for part in (module.student, module.projectors) for value in part.state_dict().values())
+        trained = sum(
+            value.numel() for part in (module.student, module.projectors) for value in part.state_dict().values()
+        )
         assert state_size == trained
 
     def test_steps_reduce_the_loss(self):

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.methods.contract import MethodContract, tiny_batch
 
+from tests.methods.contract import MethodContract, tiny_batch
 from visionkd.errors import RequestError
 from visionkd.methods.kd import KDOptions
 from visionkd.workflows._request import build_config, method_options
@@ -28,7 +28,9 @@ class TestSeveralTeachers(MethodContract):
         teachers = module.teacher_outputs(image)
         student = module.student(image)
         both = module.distill_loss(student=student, teachers=teachers, target=batch["target"])["kd_loss"]
-        each = [module.distill_loss(student=student, teachers=(one,), target=batch["target"])["kd_loss"] for one in teachers]
+        each = [
+            module.distill_loss(student=student, teachers=(one,), target=batch["target"])["kd_loss"] for one in teachers
+        ]
         assert both.item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-6)
         assert each[0].item() != pytest.approx(each[1].item(), rel=1e-3)
 

@@ -27,7 +27,12 @@ def distill(teacher, out, *options, **more):
 def finished(teacher_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("distilled") / "student"
     listener = Recorder()
-    options = ("training.ema_decay=0.5", "augment.mixup_alpha=0.2", "augment.cutmix_alpha=1.0", "training.label_smoothing=0.1")
+    options = (
+        "training.ema_decay=0.5",
+        "augment.mixup_alpha=0.2",
+        "augment.cutmix_alpha=1.0",
+        "training.label_smoothing=0.1",
+    )
     result = distill(teacher_run, out, *options, export="onnx", baseline=str(teacher_run), epochs=2, listener=listener)
     return result, listener
 
@@ -55,7 +60,12 @@ def test_table_puts_student_teacher_and_baseline_side_by_side(finished):
 def test_metrics_have_a_row_per_epoch_and_split(finished):
     result, _ = finished
     rows = list(csv.DictReader((result.run / "metrics.csv").open()))
-    assert [(row["epoch"], row["split"]) for row in rows] == [("1", "train"), ("1", "val"), ("2", "train"), ("2", "val")]
+    assert [(row["epoch"], row["split"]) for row in rows] == [
+        ("1", "train"),
+        ("1", "val"),
+        ("2", "train"),
+        ("2", "val"),
+    ]
     train = rows[0]
     parts = 0.1 * float(train["task_loss"]) + 0.9 * float(train["kd_loss"])
     assert float(train["loss"]) == pytest.approx(parts, rel=1e-3)
@@ -141,9 +151,14 @@ def test_resume_of_a_finished_run_trains_nothing(teacher_run):
 
 def test_several_teachers_and_the_order_of_classes(teacher_run, tmp_path):
     result = workflows.distill(
-        teacher=[str(teacher_run), str(teacher_run)], student="cifar_resnet8", pretrained=False, epochs=1, batch_size=32,
-        options=(*TINY, "student.img_size=32", "report.enabled=false"), out=str(tmp_path / "two"),
-    )  # fmt: skip
+        teacher=[str(teacher_run), str(teacher_run)],
+        student="cifar_resnet8",
+        pretrained=False,
+        epochs=1,
+        batch_size=32,
+        options=(*TINY, "student.img_size=32", "report.enabled=false"),
+        out=str(tmp_path / "two"),
+    )
     assert [row.values["role"] for row in result.table] == ["student", "teacher", "teacher"]
 
 
@@ -158,7 +173,7 @@ def test_teacher_without_the_datas_classes_is_probed(tmp_path):
 def test_teacher_without_the_datas_classes_is_refused_on_request(tmp_path):
     with pytest.raises(RequestError, match="--fit-teacher"):
         distill("test_resnet", tmp_path / "refused", "teachers.0.img_size=32", fit_teacher="none")
-    assert json.loads((tmp_path / "refused" / "status.json").read_text())["exit_code"] == 2
+    assert not (tmp_path / "refused").exists()
 
 
 def test_teacher_can_be_finetuned_first(tmp_path):
@@ -170,7 +185,13 @@ def test_teacher_can_be_finetuned_first(tmp_path):
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(teacher_run, tmp_path):
     out = tmp_path / "nan"
-    options = ("model.img_size=32", "schedule.warmup_epochs=0", "schedule.name=constant", "optimizer.name=sgd", "training.log_every=1")
+    options = (
+        "model.img_size=32",
+        "schedule.warmup_epochs=0",
+        "schedule.name=constant",
+        "optimizer.name=sgd",
+        "training.log_every=1",
+    )
     more = {"model": "cifar_resnet8", "pretrained": False, "batch_size": 32, "out": str(out), "epochs": 3}
     with pytest.raises(WorkError, match="NaN or infinite"):
         workflows.train(options=(*TINY, *options), lr=1e30, **more)
@@ -192,7 +213,13 @@ def test_unreadable_images_are_counted_and_refused_past_a_limit(tmp_path):
                 Image.new("RGB", (32, 32), (number * 9, 80, 160 if label == "a" else 10)).save(folder / f"{number}.png")
     for number in range(4):
         (tmp_path / "data" / "train" / "a" / f"{number}.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    arguments = {"model": "cifar_resnet8", "pretrained": False, "data": str(tmp_path / "data"), "epochs": 1, "batch_size": 8}
+    arguments = {
+        "model": "cifar_resnet8",
+        "pretrained": False,
+        "data": str(tmp_path / "data"),
+        "epochs": 1,
+        "batch_size": 8,
+    }
     options = ("model.img_size=32", "data.workers=0", "report.enabled=false")
     with pytest.raises(DataError, match="max_unreadable"):
         workflows.train(options=options, out=str(tmp_path / "refused"), **arguments)

@@ -14,7 +14,9 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 # YAML reads 32 as a number
-Precision = Annotated[Literal["32", "bf16", "16"], BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)]
+Precision = Annotated[
+    Literal["32", "bf16", "16"], BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)
+]
 
 
 class Strict(BaseModel):
@@ -46,7 +48,7 @@ class TeacherConfig(NetworkConfig):
 
 
 class ShapesConfig(Strict):
-    """The embedded data set: how many scenes, how large in pixels (None: the student's input), drawn from which seed."""
+    """The embedded data set: how many scenes, their size in pixels (None: the student's input), and their seed."""
 
     num_train: Positive = 2000
     num_val: Positive = 400
@@ -60,6 +62,8 @@ class DataConfig(Strict):
     Attributes:
         path: Directory, archive or name of a known data set.
         val_fraction: Share held out of the training set where there is no validation split.
+        split_seed: Draws the held-out share and the samples that limits keep; apart from the run's seed, so that
+            teacher and student never see each other's validation images.
         val_split: Split to validate on; None takes ``val``, then ``test``, then a held-out share.
         workers: Loader processes per device; None decides from the processors.
         cache: Keep decoded images in memory; ``auto`` does where all of them fit in 1 GB.
@@ -70,6 +74,7 @@ class DataConfig(Strict):
 
     path: str = "shapes"
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    split_seed: Annotated[int, Field(ge=0)] = 0
     val_split: str | None = None
     workers: Annotated[int, Field(ge=0)] | None = None
     cache: Literal["auto", "ram", "none"] = "auto"
@@ -83,8 +88,8 @@ class AugmentConfig(Strict):
     """The random view of a training image.
 
     Attributes:
-        crop: ``resized`` draws area and aspect (photographs), ``padded`` shifts by up to ``padding`` pixels (small images),
-            ``none`` only resizes; None takes ``padded`` up to 64 pixels and ``resized`` above.
+        crop: ``resized`` draws area and aspect (photographs), ``padded`` shifts by up to ``padding`` pixels (small
+            images), ``none`` only resizes; None takes ``padded`` up to 64 pixels and ``resized`` above.
         scale: Smallest and largest share of the area for ``resized``.
         padding: Pixels of padding for ``padded``; None takes an eighth of the size.
         hflip: Probability of a horizontal flip.
@@ -147,8 +152,8 @@ class TrainingConfig(Strict):
         accumulate: Batches summed into one optimiser step.
         clip_grad_norm: Largest gradient norm; None does not clip.
         ema_decay: Decay of the averaged weights, which are then the ones evaluated and packaged; None is off.
-        keep: Weights to evaluate and package: those of the last epoch (an honest figure, since nothing was chosen by the
-            validation split) or of the best one.
+        keep: Weights to evaluate and package: those of the last epoch (an honest figure, since nothing was chosen by
+            the validation split) or of the best one.
         checkpoint_every_s: Seconds between checkpoints within an epoch; each epoch ends with one anyway.
         deterministic: Ask for deterministic GPU kernels, so that a resumed run is the same to the bit there too.
         log_every: Steps between two rows of training metrics.

@@ -15,8 +15,8 @@ Mixer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def batch_mixer(augment: AugmentConfig, *, num_classes: int) -> Mixer | None:
     """Return what mixes a batch, or None where nothing is to be mixed.
 
-    The mixer takes float images, B x 3 x H x W, and class indices, B; it returns images and probabilities, B x C. Randomness is
-    drawn from torch's default generator.
+    The mixer takes float images, B x 3 x H x W, and class indices, B; it returns images and probabilities, B x C.
+    Randomness is drawn from torch's default generator.
     """
     mixers: list[v2.Transform] = []
     if augment.mixup_alpha > 0:

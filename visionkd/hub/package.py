@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 import visionkd
 from visionkd.files import sha256
@@ -57,7 +57,8 @@ def save_package(
     metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in identity.items()}
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent))
     try:
-        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt", **metadata})
+        content = _in_order(save(tensors, metadata={"format": "pt", **metadata}))
+        (temporary / WEIGHTS_FILE).write_bytes(content)
         card = {
             "format": FORMAT,
             **identity,
@@ -114,3 +115,12 @@ def _swap(temporary: Path, directory: Path) -> None:
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _in_order(content: bytes) -> bytes:
+    """Sort the header of a safetensors file, whose order is left to chance: equal weights then make equal files."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    text = json.dumps(header, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns its tensors to 8 bytes
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import lightning
 import torch
-from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from visionkd.config.schema import RunConfig
 from visionkd.data.mixing import batch_mixer
+from visionkd.methods._optimizer import Budget, build_optimizer, clips_scaled_gradients
 from visionkd.models.factory import Network
 from visionkd.tasks.base import Task
 from visionkd.types import Output
@@ -23,20 +21,12 @@ _MEMORY_FORMATS = {True: torch.channels_last, False: torch.contiguous_format}
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "16": torch.float16}
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Length of a training, in optimiser steps."""
-
-    steps_per_epoch: int
-    epochs: int
-
-
 class DistillationModule(lightning.LightningModule):
     """Student, optimiser, averaged weights and metrics; a method adds modules and named loss terms.
 
-    The teachers are no submodules: they are frozen, always in eval mode, never in a checkpoint, and no wrapper (DDP, FSDP)
-    sees them. All randomness of a step is drawn from a seed made of the run's seed, the step and the rank, so a resumed run
-    continues as if it had not been stopped.
+    The teachers are no submodules: they are frozen, always in eval mode, never in a checkpoint, and no wrapper (DDP,
+    FSDP) sees them. All randomness of a step is drawn from a seed made of the run's seed, the step and the rank, so a
+    resumed run continues as if it had not been stopped.
 
     Args:
         student: Network to train.
@@ -72,12 +62,14 @@ class DistillationModule(lightning.LightningModule):
         decay = config.training.ema_decay
         self.ema = None
         if decay is not None:
-            self.ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True).requires_grad_(False)
+            self.ema = AveragedModel(
+                student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
+            ).requires_grad_(False)
         for teacher in teachers:
             teacher.requires_grad_(False).eval().to(memory_format=self.memory_format)
         hidden = self.__dict__  # past nn.Module.__setattr__, which would register them as submodules
         hidden["teachers"] = tuple(teachers)
-        given = [teacher.precision for teacher in getattr(config, "teachers", ())]
+        given = [teacher.precision for teacher in getattr(config, "teachers", ())][: len(teachers)]
         hidden["teacher_precisions"] = tuple(precision or config.training.precision for precision in given)
         hidden["_student_forward"] = torch.compile(student) if config.training.compile else student
         hidden["_teacher_forwards"] = [torch.compile(t) if config.training.compile else t for t in teachers]
@@ -154,8 +146,9 @@ class DistillationModule(lightning.LightningModule):
             self.ema.update_parameters(self.student)
 
     def _step_seed(self, batch_idx: int) -> int:
+        # a tuple of integers has the same hash in every process
         step = self.current_epoch * self.budget.steps_per_epoch * self.config.training.accumulate + batch_idx
-        return hash((self.config.training.seed, step, self.global_rank)) & (2**63 - 1)  # a tuple of integers hashes the same everywhere
+        return hash((self.config.training.seed, step, self.global_rank)) & (2**63 - 1)
 
     # Evaluation -------------------------------------------------------------------------------------------------------
 
@@ -182,7 +175,7 @@ class DistillationModule(lightning.LightningModule):
         self.epoch_metrics.update(found)
         self.log_dict(found, rank_zero_only=True)
 
-    # Metrics of training: summed on the device, read once in a while ----------------------------------------------------
+    # Metrics of training: summed on the device, read once in a while --------------------------------------------------
 
     def _count(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
@@ -204,39 +197,18 @@ class DistillationModule(lightning.LightningModule):
     # Optimiser --------------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> dict[str, Any]:
-        config = self.config.optimizer
-        assert config.lr is not None and config.weight_decay is not None, "the workflow resolves both"
-        groups = self._parameter_groups(config.weight_decay)
-        fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
-        optimizer: torch.optim.Optimizer
-        if config.name == "adamw":
-            optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
-        else:
-            optimizer = torch.optim.SGD(
-                groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov and config.momentum > 0, fused=fused
-            )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return build_optimizer(self.student.net, self.projectors, config=self.config, budget=self.budget)
 
-    def _parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        trained = nn.ModuleDict({"student": self.student.net, "projectors": self.projectors})
-        if self.config.optimizer.decay_norm_and_bias:
-            return [{"params": [p for p in trained.parameters() if p.requires_grad], "weight_decay": weight_decay}]
-        undecayed = getattr(self.student.net, "no_weight_decay", set)()
-        names = [f"student.{name}" for name in undecayed]
-        return param_groups_weight_decay(trained, weight_decay, no_weight_decay_list=names)
-
-    def _lr_factor(self, step: int) -> float:
-        schedule, budget = self.config.schedule, self.budget
-        warmup = schedule.warmup_epochs * budget.steps_per_epoch
-        total = budget.epochs * budget.steps_per_epoch
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        if schedule.name == "constant":
-            return 1.0
-        progress = min(1.0, (step - warmup) / max(1.0, total - warmup))
-        low = schedule.min_lr_ratio
-        return low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        if gradient_clip_val is None:
+            return
+        if clips_scaled_gradients(self.config) or self.config.compute.strategy == "fsdp":  # FSDP has norms of its own
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:  # Lightning refuses fused optimisers under any autocast
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     # Devices and checkpoints ------------------------------------------------------------------------------------------
 

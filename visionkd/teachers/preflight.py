@@ -68,7 +68,9 @@ def preflight(
         if first is None:
             first = logits
             if not torch.allclose(first, teacher(images.to(device)).logits.float(), rtol=1e-3, atol=1e-3):
-                raise WorkError(f"{name} answers the same images differently on each pass: it is not deterministic in eval mode.")
+                raise WorkError(
+                    f"{name} answers the same images differently on each pass: it is not deterministic in eval mode."
+                )
         share.append(logits.softmax(1).amax(1).cpu())
         if logits.shape[1] == num_classes:
             right += int((logits.argmax(1).cpu() == targets).sum())
@@ -76,7 +78,9 @@ def preflight(
     if first is None:
         raise WorkError(f"There are no images to look at {name} with.")
     confidence = float(torch.cat(share).mean())
-    findings.append(Finding("ok", f"{name}: finite outputs for {first.shape[1]} classes, mean confidence {100 * confidence:.0f} %"))
+    findings.append(
+        Finding("ok", f"{name}: finite outputs for {first.shape[1]} classes, mean confidence {100 * confidence:.0f} %")
+    )
     if first.shape[1] != num_classes:
         findings.append(Finding("warning", f"{name}: has {first.shape[1]} classes, the data {num_classes}"))
         return Preflight(tuple(findings), None, count)

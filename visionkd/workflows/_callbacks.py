@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from visionkd.errors import DataError, InterruptedRunError, WorkError
-from visionkd.files import write_bytes, write_text
+from visionkd.files import replacing, write_bytes, write_text
 from visionkd.methods._base import DistillationModule
 from visionkd.types import Listener, Progress
 from visionkd.workflows._rundir import RunDirectory
@@ -109,10 +110,7 @@ class Checkpoints(Callback):
         self.best = max(self.best, score)
         self._save(trainer, pl_module, (trainer.current_epoch + 1, 0))
         if is_best and trainer.is_global_zero:
-            link = self.directory / ".best.ckpt.tmp"
-            link.unlink(missing_ok=True)
-            os.link(self.last_path, link)  # no copy: the two names share the file until last.ckpt is replaced
-            os.replace(link, self.best_path)
+            _link(self.last_path, self.best_path)
         stop = self.stop_signal is not None
         if trainer.world_size > 1:
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
@@ -125,6 +123,18 @@ class Checkpoints(Callback):
         pl_module.position = position
         trainer.save_checkpoint(self.last_path)
         self._last_s = time.monotonic()
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file a second name in place of what had it; the content is shared until ``source`` is replaced."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+        os.replace(temporary, target)
+    except OSError:  # a file system without hard links
+        with replacing(target) as copy:
+            shutil.copyfile(source, copy)
 
 
 def not_finite(what: str, trainer: Trainer, last: Path) -> WorkError:
@@ -140,7 +150,15 @@ class Metrics(Callback):
     """Writes ``metrics.csv`` and ``status.json``, tells the listener, and watches for NaN and unreadable images."""
 
     def __init__(
-        self, run: RunDirectory, listener: Listener, *, stage: str, file: str, log_every: int, max_unreadable: float, num_train: int
+        self,
+        run: RunDirectory,
+        listener: Listener,
+        *,
+        stage: str,
+        file: str,
+        log_every: int,
+        max_unreadable: float,
+        num_train: int,
     ) -> None:
         self.run, self.listener, self.stage, self.log_every = run, listener, stage, log_every
         self.path = run.path / file
@@ -167,13 +185,16 @@ class Metrics(Callback):
         self._mark_s = self._epoch_s = time.perf_counter()
         self._images = self._epoch_images = 0
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: DistillationModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: DistillationModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         count = batch["image"].shape[0] * trainer.world_size
         self._images += count
         self._epoch_images += count
         self._watch_unreadable(pl_module)
         done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if trainer.global_step % self.log_every == 0 and done % trainer.accumulate_grad_batches == 0:
+        at_end = done >= trainer.num_training_batches  # the epoch's own row follows
+        if trainer.global_step % self.log_every == 0 and done % trainer.accumulate_grad_batches == 0 and not at_end:
             self._row(trainer, "train", self._take(trainer, pl_module), write=False)
         now = time.perf_counter()
         if now - self._mark_s >= _PROGRESS_EVERY_S:
@@ -192,7 +213,9 @@ class Metrics(Callback):
         self._latest.update(pl_module.epoch_metrics)
         epoch = trainer.current_epoch + 1
         self.run.update(epoch=epoch, step=trainer.global_step, metrics=_finite(self._latest))
-        progress = self._progress(trainer, int(trainer.num_training_batches), train["train/images_per_s"], time.perf_counter())
+        progress = self._progress(
+            trainer, int(trainer.num_training_batches), train["train/images_per_s"], time.perf_counter()
+        )
         self.listener.epoch_end(progress)
 
     def _take(self, trainer: Trainer, pl_module: DistillationModule) -> dict[str, float]:
@@ -205,7 +228,9 @@ class Metrics(Callback):
 
     def _row(self, trainer: Trainer, split: str, values: Mapping[str, float], *, write: bool = True) -> None:
         named = {name.removeprefix(f"{split}/"): f"{value:.6g}" for name, value in values.items()}
-        self.rows.append({"epoch": str(trainer.current_epoch + 1), "step": str(trainer.global_step), "split": split, **named})
+        self.rows.append(
+            {"epoch": str(trainer.current_epoch + 1), "step": str(trainer.global_step), "split": split, **named}
+        )
         if trainer.logger is not None:
             trainer.logger.log_metrics(dict(values), step=trainer.global_step)
         if write and self.run.writes:
@@ -216,7 +241,9 @@ class Metrics(Callback):
         left = (steps - done) + (epochs - trainer.current_epoch - 1) * steps
         images_per_step = self._epoch_images / max(1, done)
         eta_s = left * images_per_step / images_per_s if images_per_s > 0 and self._epoch_images else None
-        return Progress(self.stage, done, steps, trainer.current_epoch + 1, epochs, images_per_s, eta_s, dict(self._latest))
+        return Progress(
+            self.stage, done, steps, trainer.current_epoch + 1, epochs, images_per_s, eta_s, dict(self._latest)
+        )
 
     def _watch_unreadable(self, pl_module: DistillationModule) -> None:
         if pl_module.unreadable is None:
@@ -225,7 +252,7 @@ class Metrics(Callback):
         if not found:
             return
         self.unreadable |= found
-        self.listener.message(f"{len(self.unreadable)} unreadable training images skipped so far", level="warning")
+        self.listener.message(f"Unreadable training images skipped so far: {len(self.unreadable)}", level="warning")
         self.run.update(unreadable_images=len(self.unreadable))
         if len(self.unreadable) > max(1.0, self.max_unreadable * self.num_train):
             raise DataError(
@@ -246,7 +273,9 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
 def format_metrics(rows: list[dict[str, str]]) -> str:
     """Return rows as CSV, with a column for every name that occurs."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), restval="", lineterminator="\n")
+    writer = csv.DictWriter(
+        text, list(dict.fromkeys(name for row in rows for name in row)), restval="", lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -105,7 +105,9 @@ class Evaluations:
     def load(cls, path: Path) -> Evaluations:
         with np.load(path, allow_pickle=False) as arrays:
             probs = {
-                name.removesuffix("_probs"): arrays[name].astype(np.float32) for name in arrays.files if name.endswith("_probs")
+                name.removesuffix("_probs"): arrays[name].astype(np.float32)
+                for name in arrays.files
+                if name.endswith("_probs")
             }
             names = tuple(json.loads(arrays["names"].tobytes().decode()))
             return cls(probs, arrays["targets"], arrays["indices"], names)
@@ -116,7 +118,9 @@ def evaluate_together(
 ) -> tuple[Evaluations, dict[str, Answers]]:
     """Run several networks over one split and keep the samples that all of them could read."""
     answers = {role: run_one(role, network) for role, network in networks}
-    common = np.asarray(sorted(set.intersection(*(set(found.indices.tolist()) for found in answers.values()))), np.int64)
+    common = np.asarray(
+        sorted(set.intersection(*(set(found.indices.tolist()) for found in answers.values()))), np.int64
+    )
     probs = {role: found.probs[np.searchsorted(found.indices, common)] for role, found in answers.items()}
     first = next(iter(answers.values()))
     targets = first.targets[np.searchsorted(first.indices, common)]

@@ -29,7 +29,13 @@ _CPU_TEACHER_GMACS = 20_000.0  # above this, a teacher's row is measured on part
 
 
 def package(
-    student: Network, run: RunDirectory, *, data: DataSet, config: RunConfig, listener: Listener, origin: Mapping[str, Any]
+    student: Network,
+    run: RunDirectory,
+    *,
+    data: DataSet,
+    config: RunConfig,
+    listener: Listener,
+    origin: Mapping[str, Any],
 ) -> Answers:
     """Measure the student on the whole validation split and write ``model/``."""
     answers = _answer(student, data, config, listener)
@@ -62,8 +68,13 @@ def compare(
         count = max(10 * len(data.classes), int(len(source) * _CPU_TEACHER_GMACS / heavy))
         source = stratified_subset(source, count, seed=config.training.seed)
         if len(source) < len(data.splits["val"]):
-            listener.message(f"The comparison with the teacher is on {len(source)} of {len(data.splits['val'])} validation images")
-    networks: list[tuple[str, Network]] = [("student", student), *(("teacher" + str(n), t) for n, (_, t) in enumerate(teachers))]
+            listener.message(
+                f"The comparison with the teacher is on {len(source)} of {len(data.splits['val'])} validation images"
+            )
+    networks: list[tuple[str, Network]] = [
+        ("student", student),
+        *(("teacher" + str(n), t) for n, (_, t) in enumerate(teachers)),
+    ]
     baseline = _baseline(config, data, listener)
     if baseline is not None:
         networks.append(("baseline", baseline))
@@ -80,7 +91,10 @@ def compare(
     names |= {f"teacher{number}": name for number, (name, _) in enumerate(teachers)}
     for role, network in networks:
         found = classification_metrics(evaluations.probs[role], evaluations.targets)
-        values: dict[str, Any] = {"role": role.rstrip("0123456789"), "top1": float(found["top1"])}
+        values: dict[str, Any] = {
+            "role": role.rstrip("0123456789") if len(networks) > 1 else "model",
+            "top1": float(found["top1"]),
+        }
         if len(data.classes) > 5:
             values["top5"] = float(found["top5"])
         cost = measure_complexity(network)
@@ -91,7 +105,9 @@ def compare(
     if teacher_probs:
         evaluations.probs["teacher"] = sum(teacher_probs[1:], teacher_probs[0]) / len(teacher_probs)
     if source is not data.splits["val"]:
-        evaluations = Evaluations(evaluations.probs, evaluations.targets, source.indices[evaluations.indices], evaluations.names)
+        evaluations = Evaluations(
+            evaluations.probs, evaluations.targets, source.indices[evaluations.indices], evaluations.names
+        )
     evaluations.save(run.path / "evaluation.npz")
     content = {"num_images": len(evaluations.targets), "rows": [{"model": row.model, **row.values} for row in rows]}
     write_text(run.path / "comparison.json", json.dumps(content, indent=2) + "\n")

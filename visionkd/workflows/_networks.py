@@ -52,9 +52,9 @@ def load_network(model: str) -> Network:
     return create_network(NetworkConfig(name=model), in_training=False)
 
 
-def load_for_bench(model: str) -> Network:
+def load_for_bench(model: str, *, img_size: int | None = None) -> Network:
     """Load a MODEL to time it: published weights are not fetched, since they change nothing."""
-    return create_network(NetworkConfig(name=model, pretrained=False), in_training=True).eval()
+    return create_network(NetworkConfig(name=model, pretrained=False, img_size=img_size), in_training=True).eval()
 
 
 def seed_of(seed: int, role: str) -> int:
@@ -69,16 +69,20 @@ def stratified_subset(source: Source, limit: int, *, seed: int) -> Source:
     return SubsetSource(source, stratified_limit(targets_of(source), limit, seed))
 
 
-def image_batches(source: Source, network: Network, *, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+def image_batches(
+    source: Source, network: Network, *, batch_size: int, workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield images in [0, 1], B x 3 x H x W, prepared as the network wants them, and their targets."""
     for batch in eval_loader(source, EvalTransform(network.input), batch_size=batch_size, workers=workers):
         if len(batch["target"]):
             yield batch["image"].float().div_(255.0), batch["target"]
 
 
-def look_at_teacher(teacher: Network, data: DataSet, config: DistillConfig, listener: Listener, *, name: str) -> Preflight:
-    """Run the pre-flight on validation images, within a few seconds where the machine allows it, and say what was found."""
-    source = stratified_subset(data.splits["val"], _PREFLIGHT_IMAGES, seed=config.training.seed)
+def look_at_teacher(
+    teacher: Network, data: DataSet, config: DistillConfig, listener: Listener, *, name: str
+) -> Preflight:
+    """Run the pre-flight on validation images, for some seconds at most, and say what was found."""
+    source = stratified_subset(data.splits["val"], _PREFLIGHT_IMAGES, seed=config.data.split_seed)
     start, seconds_per_image = time.perf_counter(), 0.0
 
     def limited() -> Iterator[tuple[Tensor, Tensor]]:
@@ -94,28 +98,22 @@ def look_at_teacher(teacher: Network, data: DataSet, config: DistillConfig, list
     step_s = seconds_per_image * config.training.batch_size
     if step_s > _PREFLIGHT_S:
         listener.message(
-            f"{name} takes about {seconds_per_image:.2g} s an image here, {step_s:.0f} s of each step of {config.training.batch_size}:"
+            f"{name} takes about {seconds_per_image:.2g} s an image here, {step_s:.0f} s of each step of"
+            f" {config.training.batch_size}:"
             " a smaller --batch-size gives sooner signs of life, --precision bf16 or a smaller teacher saves time",
             level="warning",
         )
     return found
 
 
-def needs_fit(teacher: Network, data: DataSet, config: DistillConfig, listener: Listener, *, name: str) -> bool:
-    """Bring the teacher's outputs into the data's order where it knows the classes; return whether it must be fitted.
+def check_fit(teacher: Network, data: DataSet, config: DistillConfig, *, name: str) -> None:
+    """Refuse a teacher whose classes are not the data's where ``--fit-teacher none`` forbids to fit it.
 
     Raises:
-        RequestError: If it must be, and ``--fit-teacher none`` forbids it.
+        RequestError: If it would have to be fitted.
     """
-    mode = config.fit_teacher.mode
     aligned = align_classes(teacher.classes, data.classes, teacher.num_classes)
-    if aligned.columns is not None:
-        if aligned.note:
-            listener.message(f"{name}: {aligned.note}")
-        if aligned.columns != tuple(range(teacher.num_classes)):
-            teacher.select_classes(aligned.columns, data.classes)
-        return mode in ("probe", "finetune")
-    if mode == "none":
+    if aligned.columns is None and config.fit_teacher.mode == "none":
         raise RequestError(
             Problem(
                 "--teacher",
@@ -124,6 +122,18 @@ def needs_fit(teacher: Network, data: DataSet, config: DistillConfig, listener: 
                 "Use --fit-teacher probe or finetune, or a teacher that was trained on these classes.",
             )
         )
+
+
+def needs_fit(teacher: Network, data: DataSet, config: DistillConfig, listener: Listener, *, name: str) -> bool:
+    """Bring the teacher's outputs into the data's order if it knows the classes; return whether it must be fitted."""
+    mode = config.fit_teacher.mode
+    aligned = align_classes(teacher.classes, data.classes, teacher.num_classes)
+    if aligned.columns is not None:
+        if aligned.note:
+            listener.message(f"{name}: {aligned.note}")
+        if aligned.columns != tuple(range(teacher.num_classes)):
+            teacher.select_classes(aligned.columns, data.classes)
+        return mode in ("probe", "finetune")
     if mode == "auto":
         listener.message(
             f"{name}: its {teacher.num_classes} classes are not the data's {len(data.classes)},"
@@ -133,14 +143,21 @@ def needs_fit(teacher: Network, data: DataSet, config: DistillConfig, listener: 
 
 
 def probe_teacher(
-    teacher: Network, data: DataSet, config: DistillConfig, run: RunDirectory, listener: Listener, *, name: str, number: int
+    teacher: Network,
+    data: DataSet,
+    config: DistillConfig,
+    run: RunDirectory,
+    listener: Listener,
+    *,
+    name: str,
+    number: int,
 ) -> None:
     """Fit a linear probe, or take the one that the run fitted before; the teacher's classifier is replaced in place."""
     file = run.path / "teachers" / f"{number}.probe.safetensors"
     if not file.is_file():
         device = torch_device(config.compute)
         images = config.fit_teacher.max_images or _probe_images(teacher, len(data.classes), device)
-        source = stratified_subset(data.splits["train"], images, seed=config.training.seed)
+        source = stratified_subset(data.splits["train"], images, seed=config.data.split_seed)
         if len(source) < len(data.splits["train"]):
             listener.message(
                 f"{name}: the probe takes {len(source)} of {len(data.splits['train'])} training images"
@@ -152,7 +169,9 @@ def probe_teacher(
             nonlocal done
             done += count
             rate = done / (time.perf_counter() - start)
-            listener.progress(Progress("fit_teacher", done, len(source), images_per_s=rate, eta_s=(len(source) - done) / rate))
+            listener.progress(
+                Progress("fit_teacher", done, len(source), images_per_s=rate, eta_s=(len(source) - done) / rate)
+            )
 
         precision = config.teachers[number].precision or config.training.precision
         features, targets = cache_features(
@@ -163,10 +182,13 @@ def probe_teacher(
             on_batch=on_batch,
         )
         if not torch.isfinite(features).all():
-            raise WorkError(f"{name} has NaN or infinite features.", hint="Try -o teachers.0.precision=32, or another teacher.")
+            raise WorkError(
+                f"{name} has NaN or infinite features.", hint="Try -o teachers.0.precision=32, or another teacher."
+            )
         probe = fit_probe(features, targets, num_classes=len(data.classes), seed=config.training.seed)
         listener.message(
-            f"{name}: linear probe fitted on {probe.num_images} images, {probe.holdout_top1:.1f} % top-1 on the held-out fifth"
+            f"{name}: linear probe fitted on {probe.num_images} images,"
+            f" {probe.holdout_top1:.1f} % top-1 on the held-out fifth"
         )
         write_bytes(file, save({"weight": probe.weight, "bias": probe.bias}))
     probe_tensors = load_file(file)

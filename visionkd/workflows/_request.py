@@ -16,6 +16,8 @@ from visionkd.workflows.configs import show_config
 
 C = TypeVar("C", bound=RunConfig)
 METHODS = "visionkd.methods"
+#: What ``--method auto`` takes.
+AUTO_METHOD = "kd"
 
 
 def build_config(
@@ -37,11 +39,14 @@ def build_config(
         text, where = read_run_config(Path(out)), f"{out}/config.yaml"
     elif config is not None:
         text, where = show_config(config), config
-    return load_config(kind, text=text, where=where, overrides=overrides, options=options, method_options=method_options)
+    return load_config(
+        kind, text=text, where=where, overrides=overrides, options=options, method_options=method_options
+    )
 
 
 def method_options(name: str) -> type | None:
     """Return the frozen options dataclass of a method, None for ``auto`` and names that do not exist."""
+    name = AUTO_METHOD if name == "auto" else name
     if name not in registry.names(METHODS):
         return None
     return registry.load(METHODS, name, key="--method").METHOD.Options

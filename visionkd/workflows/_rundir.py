@@ -22,7 +22,15 @@ from visionkd.files import write_text
 from visionkd.types import Listener, Progress
 
 #: Settings that may differ when a run is resumed, since they do not change the trained weights.
-_FREE_ON_RESUME = ("compute", "data.workers", "data.cache", "export", "report", "training.checkpoint_every_s")
+_FREE_ON_RESUME = (
+    "compute",
+    "data.workers",
+    "data.cache",
+    "export",
+    "report",
+    "training.checkpoint_every_s",
+    "data.max_unreadable",
+)
 _WAIT_S = 0.5
 
 
@@ -137,13 +145,16 @@ def open_run(
             run = RunDirectory(path, writes=writes)
             if writes:
                 write_text(path / "config.yaml", f"# {command}\n{dump_config(config)}")
+                if resume and run.status.get("state") == "done":
+                    listener.message("This run was finished already; what it made is used again")
                 run.update(state="running", pid=os.getpid(), error=None, exit_code=None)
                 run.log(f"start: {command}")
             with _recording(run):
                 yield run, RunListener(run, listener)
     except Timeout:
+        holder = (_read_json(path / "status.json") or {}).get("pid", "unknown")
         raise RequestError(
-            f"Another process is working in {path} (pid {(_read_json(path / 'status.json') or {}).get('pid', 'unknown')}).",
+            f"Another process is working in {path} (pid {holder}).",
             hint="Wait for it, or give another directory with --out.",
         ) from None
 
@@ -172,7 +183,9 @@ def read_run_config(path: Path) -> str:
     """
     file = path / "config.yaml"
     if not file.is_file():
-        raise RequestError(f"There is no run to resume in {path}: it holds no config.yaml.", hint="Start it without --resume.")
+        raise RequestError(
+            f"There is no run to resume in {path}: it holds no config.yaml.", hint="Start it without --resume."
+        )
     return file.read_text(encoding="utf-8")
 
 
@@ -207,14 +220,18 @@ def _check_same(path: Path, config: RunConfig) -> None:
         if before.get(key) != after.get(key) and not key.startswith(_FREE_ON_RESUME)
     ]
     if problems:
-        raise RequestError(problems, hint="Resume with the same settings (--resume --out DIR is enough), or start a new run.")
+        raise RequestError(
+            problems, hint="Resume with the same settings (--resume --out DIR is enough), or start a new run."
+        )
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(values, dict) and values:
         return {key: value for name, part in values.items() for key, value in _flat(part, f"{prefix}{name}.").items()}
     if isinstance(values, list) and values:
-        return {key: value for name, part in enumerate(values) for key, value in _flat(part, f"{prefix}{name}.").items()}
+        return {
+            key: value for name, part in enumerate(values) for key, value in _flat(part, f"{prefix}{name}.").items()
+        }
     return {prefix.rstrip("."): values}
 
 

@@ -35,14 +35,19 @@ def open_for_training(config: RunConfig, network: NetworkConfig) -> tuple[DataSe
     Raises:
         DataError: If there is nothing to train or to validate on.
     """
-    data = open_data(config.data.path, config=config.data, seed=config.training.seed, task=config.task)
+    data = open_data(config.data.path, config=config.data, seed=config.data.split_seed, task=config.task)
     created = seeded_network(network, data=data, seed=config.training.seed, role="student")
-    if config.data.path == "shapes" and config.data.shapes.size is None:  # scenes are drawn at the size that is looked at
+    if (
+        config.data.path == "shapes" and config.data.shapes.size is None
+    ):  # scenes are drawn at the size that is looked at
         config.data.shapes.size = min(640, max(32, *created.input.img_size))
-        data = open_data(config.data.path, config=config.data, seed=config.training.seed, task=config.task)
+        data = open_data(config.data.path, config=config.data, seed=config.data.split_seed, task=config.task)
     for split in ("train", "val"):
         if not len(data.splits.get(split, ())):
-            raise DataError(f"{data.name} has no images in its split '{split}'.", hint=f"Look at it with 'visionkd data check {config.data.path}'.")
+            raise DataError(
+                f"{data.name} has no images in its split '{split}'.",
+                hint=f"Look at it with 'visionkd data check {config.data.path}'.",
+            )
     return data, created
 
 
@@ -71,7 +76,12 @@ class Stages:
         answers = None
         with self.stage("package", "Package the model") as todo:
             if todo:
-                described = {**origin, "data": data.name, "data_fingerprint": data.fingerprint, "visionkd": visionkd.__version__}
+                described = {
+                    **origin,
+                    "data": data.name,
+                    "data_fingerprint": data.fingerprint,
+                    "visionkd": visionkd.__version__,
+                }
                 answers = _finish.package(network, run, data=data, config=config, listener=listener, origin=described)
             else:
                 network = load_network(str(run.model))
@@ -137,7 +147,11 @@ def _commit() -> str | None:
         return None
     try:
         found = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, timeout=10, check=True
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -17,8 +17,9 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from visionkd.config.schema import ComputeConfig, RunConfig
 from visionkd.data.loader import default_workers, eval_loader, train_loader
 from visionkd.data.transforms import EvalTransform, TrainTransform
-from visionkd.errors import InterruptedRunError, Problem, RequestError, WorkError
-from visionkd.methods._base import Budget, DistillationModule
+from visionkd.errors import InterruptedRunError, Problem, WorkError
+from visionkd.methods._base import DistillationModule
+from visionkd.methods._optimizer import Budget
 from visionkd.models.factory import Network
 from visionkd.types import DataSet, Listener
 from visionkd.workflows._callbacks import AtomicCheckpointIO, Checkpoints, Metrics
@@ -54,9 +55,17 @@ def check_compute(config: RunConfig) -> list[Problem]:
     """Return what this machine cannot do of what was asked."""
     compute, problems = config.compute, []
     if compute.accelerator == "gpu" and not torch.cuda.is_available():
-        problems.append(Problem("compute.accelerator", "no GPU is usable here", "Use --accelerator cpu; 'visionkd doctor' says what is missing."))
+        problems.append(
+            Problem(
+                "compute.accelerator",
+                "no GPU is usable here",
+                "Use --accelerator cpu; 'visionkd doctor' says what is missing.",
+            )
+        )
     elif uses_gpu(compute) and num_devices(compute) > torch.cuda.device_count():
-        problems.append(Problem("compute.devices", f"{compute.devices} asked for, {torch.cuda.device_count()} GPUs here"))
+        problems.append(
+            Problem("compute.devices", f"{compute.devices} asked for, {torch.cuda.device_count()} GPUs here")
+        )
     if not uses_gpu(compute):
         if compute.strategy == "fsdp":
             problems.append(Problem("compute.strategy", "fsdp needs GPUs", "Use --strategy ddp."))
@@ -65,7 +74,10 @@ def check_compute(config: RunConfig) -> list[Problem]:
     parts = world_size(compute) * config.training.accumulate
     if config.training.batch_size % max(1, parts):
         problems.append(
-            Problem("training.batch_size", f"{config.training.batch_size} is not a multiple of devices x nodes x accumulate = {parts}")
+            Problem(
+                "training.batch_size",
+                f"{config.training.batch_size} is not a multiple of devices x nodes x accumulate = {parts}",
+            )
         )
     return problems
 
@@ -84,6 +96,15 @@ def resolve_training(config: RunConfig, *, img_size: int) -> None:
         config.augment.padding = max(1, img_size // 8)
     if config.data.workers is None:
         config.data.workers = default_workers()
+
+
+def budget_text(config: RunConfig, data: DataSet) -> str:
+    """Say in a few words what will be trained for how long."""
+    training, optimizer = config.training, config.optimizer
+    return (
+        f"{training.epochs} epoch{'s' if training.epochs > 1 else ''} of {len(data.splits['train'])} images,"
+        f" batch {training.batch_size}, {optimizer.name} at lr {optimizer.lr:.3g}"
+    )
 
 
 def fit(
@@ -180,7 +201,9 @@ def _trainer(config: RunConfig, run: RunDirectory, *, epochs: int, callbacks: Se
     )
 
 
-def _loaders(trainer: Trainer, *, data: DataSet, config: RunConfig, student: Network, img_size: tuple[int, int]) -> tuple:
+def _loaders(
+    trainer: Trainer, *, data: DataSet, config: RunConfig, student: Network, img_size: tuple[int, int]
+) -> tuple:
     ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size, "workers": config.data.workers or 0}
     batch = config.training.batch_size // (trainer.world_size * config.training.accumulate)
     train = train_loader(
@@ -192,7 +215,9 @@ def _loaders(trainer: Trainer, *, data: DataSet, config: RunConfig, student: Net
         epochs=trainer.max_epochs,
         **ranks,
     )
-    val = eval_loader(data.splits["val"], EvalTransform(student.input), batch_size=max(batch, 64), cache=config.data.cache, **ranks)
+    val = eval_loader(
+        data.splits["val"], EvalTransform(student.input), batch_size=max(batch, 64), cache=config.data.cache, **ranks
+    )
     return train, val
 
 

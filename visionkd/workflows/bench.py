@@ -68,13 +68,17 @@ def _runners(model: str, backends: tuple[str, ...], settings: dict[str, Any]) ->
         from visionkd.benchmark.torch_runner import torch_runner
         from visionkd.workflows._networks import load_for_bench
 
-        runners.append(torch_runner(load_for_bench(model), name=model, **settings))
+        img_size = settings["img_size"][0] if settings["img_size"] else None
+        runners.append(torch_runner(load_for_bench(model, img_size=img_size), name=model, **settings))
     if "onnxruntime" in backends:
         exported = Path(model) / "export" / "model.onnx"
         if not exported.is_file():
-            raise RequestError(
-                f"There is no ONNX file of {model} to run in onnxruntime.", hint=f"Run: visionkd export {model} --format onnx"
+            steps = (
+                f"visionkd export {model}"
+                if Path(model).is_dir()
+                else f"visionkd export {model} --out model.onnx, then: visionkd bench model.onnx"
             )
+            raise RequestError(f"There is no ONNX file of {model} to run in onnxruntime.", hint=f"Run: {steps}")
         runners.append(ort_runner(exported, name=model, **settings))
     return runners
 

@@ -28,7 +28,7 @@ def check_data(*, data: str, options: Sequence[str] = (), listener: Listener | N
     """
     listener = listener or Listener()
     config = load_config(RunConfig, overrides={"data.path": data}, options=options)
-    dataset = open_data(config.data.path, config=config.data, seed=config.training.seed, task=config.task)
+    dataset = open_data(config.data.path, config=config.data, seed=config.data.split_seed, task=config.task)
     for text in dataset.messages:
         listener.message(text)
     return check(dataset, progress=lambda done, total: listener.progress(Progress("check", done, total)))
@@ -36,9 +36,25 @@ def check_data(*, data: str, options: Sequence[str] = (), listener: Listener | N
 
 def list_data() -> tuple[MetricRow, ...]:
     """Return the data sets that are known by name."""
-    shapes = MetricRow("shapes", {"shows": "coloured shapes, drawn on the fly", "classes": len(SHAPE_CLASSES), "images": "as many as asked", "download_mb": 0})
+    shapes = MetricRow(
+        "shapes",
+        {
+            "shows": "coloured shapes, drawn on the fly",
+            "classes": len(SHAPE_CLASSES),
+            "images": "as many as asked",
+            "download_mb": 0,
+        },
+    )
     known = [
-        MetricRow(each.name, {"shows": each.title, "classes": each.num_classes, "images": each.num_images, "download_mb": each.download_mb})
+        MetricRow(
+            each.name,
+            {
+                "shows": each.title,
+                "classes": each.num_classes,
+                "images": each.num_images,
+                "download_mb": each.download_mb,
+            },
+        )
         for each in KNOWN_SETS
     ]
     return (shapes, *known)

@@ -13,11 +13,18 @@ from visionkd.errors import Problem, RequestError
 from visionkd.models.network import Network
 from visionkd.tasks.classification import ClassificationTask
 from visionkd.types import DataSet, Listener
-from visionkd.workflows._networks import load_network, look_at_teacher, needs_fit, probe_teacher, seeded_network
-from visionkd.workflows._request import METHODS, build_config, check_mode, command_line, shared_overrides
+from visionkd.workflows._networks import (
+    check_fit,
+    load_network,
+    look_at_teacher,
+    needs_fit,
+    probe_teacher,
+    seeded_network,
+)
+from visionkd.workflows._request import AUTO_METHOD, METHODS, build_config, check_mode, command_line, shared_overrides
 from visionkd.workflows._rundir import RunDirectory, open_run
 from visionkd.workflows._stages import Stages, open_for_training, write_environment
-from visionkd.workflows._training import check_compute, fit, resolve_training, run_path
+from visionkd.workflows._training import budget_text, check_compute, fit, resolve_training, run_path
 from visionkd.workflows.results import RunResult
 
 
@@ -88,9 +95,19 @@ def distill(
     names = [teacher] if isinstance(teacher, str) else teacher
     teachers = [{"name": name.strip()} for text in names or () for name in text.split(",") if name.strip()]
     overrides = shared_overrides(
-        data=data, task=task, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, export=export, accelerator=accelerator,
-        devices=devices, nodes=nodes, strategy=strategy, precision=precision,
-    )  # fmt: skip
+        data=data,
+        task=task,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        seed=seed,
+        export=export,
+        accelerator=accelerator,
+        devices=devices,
+        nodes=nodes,
+        strategy=strategy,
+        precision=precision,
+    )
     overrides |= {
         "teachers": teachers or None,
         "student.name": student,
@@ -98,10 +115,10 @@ def distill(
         "fit_teacher.mode": fit_teacher,
         "report.baseline": baseline,
     }
-    if pretrained is not None:
-        overrides["student.pretrained"] = pretrained
-        overrides |= {f"teachers.{number}.pretrained": pretrained for number in range(len(teachers))}
     settings = build_config(DistillConfig, config=config, options=options, overrides=overrides, out=out, resume=resume)
+    if pretrained is not None:
+        for network in (settings.student, *settings.teachers):
+            network.pretrained = pretrained
     return _Distillation(settings, out=out, listener=listener or Listener()).run(resume=resume, overwrite=overwrite)
 
 
@@ -112,7 +129,7 @@ class _Distillation:
         self.config = config
         problems = check_compute(config)
         if config.method == "auto":
-            config.method = "kd"
+            config.method = AUTO_METHOD
         method = registry.load(METHODS, config.method, key="--method").METHOD
         self.method = method
         config.options = asdict(build_options(method.Options, config.options))
@@ -123,12 +140,19 @@ class _Distillation:
         self.data, self.student = open_for_training(config, config.student)
         if self.data.task not in method.tasks:
             raise RequestError(
-                Problem("--method", f"'{config.method}' does not support {self.data.task}", f"It supports {', '.join(sorted(method.tasks))}.")
+                Problem(
+                    "--method",
+                    f"'{config.method}' does not support {self.data.task}",
+                    f"It supports {', '.join(sorted(method.tasks))}.",
+                )
             )
         seed = config.training.seed
         self.teachers = [
-            seeded_network(spec, data=None, seed=seed, role=f"teacher{number}") for number, spec in enumerate(config.teachers)
+            seeded_network(spec, data=None, seed=seed, role=f"teacher{number}")
+            for number, spec in enumerate(config.teachers)
         ]
+        for spec, teacher in zip(config.teachers, self.teachers, strict=True):
+            check_fit(teacher, self.data, config, name=spec.name)
         # views are drawn at the largest size that a network was trained with, and each network resizes for itself
         sizes = [network.input.img_size for network in (self.student, *self.teachers)]
         self.img_size = (max(height for height, _ in sizes), max(width for _, width in sizes))
@@ -140,10 +164,17 @@ class _Distillation:
 
     def run(self, *, resume: bool, overwrite: bool) -> RunResult:
         config, command = self.config, command_line()
-        opened = open_run(self.path, config=config, command=command, resume=resume, overwrite=overwrite, listener=self.listener)
+        opened = open_run(
+            self.path, config=config, command=command, resume=resume, overwrite=overwrite, listener=self.listener
+        )
         with opened as (run, listener):
             write_environment(run, command)
-            stages = Stages(run, listener, ["fit_teacher", "distill", "package", "compare", *config.export.formats, "report"], config)
+            stages = Stages(
+                run,
+                listener,
+                ["fit_teacher", "distill", "package", "compare", *config.export.formats, "report"],
+                config,
+            )
             self._say_choices(listener)
             self._fit_teachers(run, listener, stages)
             student = self._distill(run, listener, stages)
@@ -153,17 +184,25 @@ class _Distillation:
                 student,
                 list(zip(self.names, self.teachers, strict=True)),
                 data=self.data,
-                origin={"method": config.method, "options": config.options, "teachers": self.names, "run": run.path.name},
+                origin={
+                    "method": config.method,
+                    "options": config.options,
+                    "teachers": self.names,
+                    "run": run.path.name,
+                },
             )
 
     def _say_choices(self, listener: Listener) -> None:
         config = self.config
-        for text in (*self.data.messages, *self.student.notes, *(note for teacher in self.teachers for note in teacher.notes)):
+        for text in (
+            *self.data.messages,
+            *self.student.notes,
+            *(note for teacher in self.teachers for note in teacher.notes),
+        ):
             listener.message(text)
         listener.message(
-            f"Method {config.method}: {', '.join(self.names)} -> {self.student.architecture}, {config.training.epochs} epochs of"
-            f" {len(self.data.splits['train'])} images, batch {config.training.batch_size}, {config.optimizer.name} at lr"
-            f" {config.optimizer.lr:.3g}, views of {self.img_size[0]} x {self.img_size[1]} pixels"
+            f"Method {config.method}: {', '.join(self.names)} -> {self.student.architecture},"
+            f" {budget_text(config, self.data)}, views of {self.img_size[0]} x {self.img_size[1]} pixels"
         )
 
     def _fit_teachers(self, run: RunDirectory, listener: Listener, stages: Stages) -> None:
@@ -193,10 +232,17 @@ class _Distillation:
         with stages.stage("distill", f"Distil into {self.student.architecture}") as todo:
             if not todo and run.model.is_dir():
                 return load_network(str(run.model))
-            task = ClassificationTask(num_classes=len(self.data.classes), label_smoothing=self.config.training.label_smoothing)
+            task = ClassificationTask(
+                num_classes=len(self.data.classes), label_smoothing=self.config.training.label_smoothing
+            )
             options = build_options(self.method.Options, self.config.options)
             build = partial(
-                self.method, student=self.student, teachers=self.teachers, task=task, config=self.config, options=options
+                self.method,
+                student=self.student,
+                teachers=self.teachers,
+                task=task,
+                config=self.config,
+                options=options,
             )
             module = fit(
                 lambda budget: build(budget=budget), data=self.data, config=self.config, student=self.student,
@@ -206,7 +252,13 @@ class _Distillation:
 
 
 def finetune_teacher(
-    teacher: Network, directory, number: int, data: DataSet, config: DistillConfig, run: RunDirectory, listener: Listener
+    teacher: Network,
+    directory,
+    number: int,
+    data: DataSet,
+    config: DistillConfig,
+    run: RunDirectory,
+    listener: Listener,
 ) -> None:
     """Train a whole teacher on the data's labels and package it in ``directory``."""
     from visionkd.hub.package import save_package
@@ -226,5 +278,10 @@ def finetune_teacher(
         metrics = {name.removeprefix("val/"): value for name, value in module.epoch_metrics.items()}
         origin = {"method": "finetune", "teacher": config.teachers[number].name}
         save_package(
-            module.deployed_student.cpu(), directory, task=data.task, classes=data.classes, metrics=metrics, origin=origin
+            module.deployed_student.cpu(),
+            directory,
+            task=data.task,
+            classes=data.classes,
+            metrics=metrics,
+            origin=origin,
         )

@@ -55,17 +55,23 @@ def evaluate(
     config = data_config(data, run=run, options=options)
     is_file = is_model_file(model)
     if is_file and backend == "torch":
-        raise RequestError(Problem("--backend", f"{model} runs in onnxruntime, not in torch", "Give the run or package it came from."))
+        raise RequestError(
+            Problem("--backend", f"{model} runs in onnxruntime, not in torch", "Give the run or package it came from.")
+        )
     if not is_file and backend == "onnxruntime":
-        raise RequestError(Problem("--backend", f"{model} is not an ONNX file", f"Run: visionkd export {model} --format onnx"))
+        raise RequestError(
+            Problem("--backend", f"{model} is not an ONNX file", f"Run: visionkd export {model} --format onnx")
+        )
     loaded: Any = open_session(model, accelerator=accelerator or "auto") if is_file else _network(model)  # type: ignore[arg-type]
     size = max(loaded.input.img_size)
-    dataset = open_data(config.data.path, config=config.data, seed=config.training.seed, img_size=size, task=config.task)
+    dataset = open_data(
+        config.data.path, config=config.data, seed=config.data.split_seed, img_size=size, task=config.task
+    )
     name, source = choose_split(dataset, split, trained_here=run is not None and data is None)
     for text in dataset.messages:
         listener.message(text)
     if limit is not None and limit < len(source):
-        source = SubsetSource(source, stratified_limit(targets_of(source), limit, config.training.seed))
+        source = SubsetSource(source, stratified_limit(targets_of(source), limit, config.data.split_seed))
     columns, note = match_classes(loaded.classes, dataset.classes, _num_outputs(loaded), model)
     if note:
         listener.message(note)
@@ -75,10 +81,15 @@ def evaluate(
     else:
         probs, kept, skipped = _run_network(loaded, source, batch, accelerator, config, listener)
     if not len(kept):
-        raise DataError(f"None of the {len(source)} images can be read.", hint=f"Look at them with 'visionkd data check {config.data.path}'.")
+        raise DataError(
+            f"None of the {len(source)} images can be read.",
+            hint=f"Look at them with 'visionkd data check {config.data.path}'.",
+        )
     if columns is not None:
         probs = probs[:, list(columns)]
-        probs = probs / np.maximum(probs.sum(1, keepdims=True), 1e-12)  # what the model says given that it is one of these classes
+        probs = probs / np.maximum(
+            probs.sum(1, keepdims=True), 1e-12
+        )  # what the model says given that it is one of these classes
     targets = targets_of(source)[kept]
     by_class = per_class_accuracy(probs, targets)
     return EvalResult(
@@ -87,7 +98,9 @@ def evaluate(
         split=name,
         num_images=len(kept),
         metrics={metric: float(value) for metric, value in classification_metrics(probs, targets).items()},
-        per_class={label: float(value) for label, value in zip(dataset.classes, by_class, strict=True) if not np.isnan(value)},
+        per_class={
+            label: float(value) for label, value in zip(dataset.classes, by_class, strict=True) if not np.isnan(value)
+        },
         skipped=skipped,
     )
 
@@ -95,7 +108,9 @@ def evaluate(
 def run_of(model: str) -> Path | None:
     """Return the run directory that ``model`` is or lies in, None where there is none."""
     path = Path(model)
-    return next((folder for folder in (path, path.parent, path.parent.parent) if (folder / "config.yaml").is_file()), None)
+    return next(
+        (folder for folder in (path, path.parent, path.parent.parent) if (folder / "config.yaml").is_file()), None
+    )
 
 
 def data_config(data: str | None, *, run: Path | None, options: Sequence[str] = ()) -> RunConfig:
@@ -105,7 +120,9 @@ def data_config(data: str | None, *, run: Path | None, options: Sequence[str] = 
         RequestError: If there is neither data nor a run to take it from, or an option is wrong.
     """
     if data is None and run is None:
-        raise RequestError(Problem("--data", "is required: the model does not come from a run", "Example: --data path/to/images"))
+        raise RequestError(
+            Problem("--data", "is required: the model does not come from a run", "Example: --data path/to/images")
+        )
     text = None
     if run is not None:
         known = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
@@ -113,7 +130,9 @@ def data_config(data: str | None, *, run: Path | None, options: Sequence[str] = 
         if data is not None:
             kept["data"]["path"] = data
         text = yaml.safe_dump(kept)
-    config = load_config(RunConfig, text=text, where=f"{run}/config.yaml", overrides={"data.path": data}, options=options)
+    config = load_config(
+        RunConfig, text=text, where=f"{run}/config.yaml", overrides={"data.path": data}, options=options
+    )
     dump_config(config)
     return config
 
@@ -124,7 +143,13 @@ def choose_split(data: DataSet, split: str | None, *, trained_here: bool) -> tup
         split = "all" if "all" in data.splits and not trained_here else "val"
     if split not in data.splits:
         known = sorted(data.splits)
-        raise RequestError(Problem("--split", f"{data.name} has no split '{split}'", did_you_mean(split, known) or f"It has {', '.join(known)}"))
+        raise RequestError(
+            Problem(
+                "--split",
+                f"{data.name} has no split '{split}'",
+                did_you_mean(split, known) or f"It has {', '.join(known)}",
+            )
+        )
     return split, data.splits[split]
 
 
@@ -143,7 +168,9 @@ def match_classes(
         if names == list(data_classes) or (not names and num_outputs == len(data_classes)):
             return None, ""
         if set(data_classes) <= set(names):
-            return [names.index(label) for label in data_classes], "The model's classes are matched to the data's by name."
+            return [
+                names.index(label) for label in data_classes
+            ], "The model's classes are matched to the data's by name."
     else:
         found = align_classes(model_classes, data_classes, num_outputs)
         if found.columns is not None:

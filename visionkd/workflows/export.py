@@ -67,19 +67,29 @@ def export(
         path = Path(out)
         path = path / "model.onnx" if path.is_dir() else path
     else:
-        path = run / "export" / "model.onnx" if run is not None else Path(f"{network.architecture.replace('/', '_')}.onnx")
+        path = (
+            run / "export" / "model.onnx" if run is not None else Path(f"{network.architecture.replace('/', '_')}.onnx")
+        )
     if path.exists() and not overwrite:
-        raise RequestError(f"{path} exists, and nothing is written over unasked.", hint="Give --overwrite, or another --out FILE.")
+        raise RequestError(
+            f"{path} exists, and nothing is written over unasked.", hint="Give --overwrite, or another --out FILE."
+        )
     source, columns = None, None
     if data is not None or run is not None:
         config = data_config(data, run=run)
         dataset: DataSet = open_data(
-            config.data.path, config=config.data, seed=config.training.seed, img_size=max(network.input.img_size)
+            config.data.path, config=config.data, seed=config.data.split_seed, img_size=max(network.input.img_size)
         )
         _, source = choose_split(dataset, None, trained_here=data is None)
         columns, _ = match_classes(network.classes, dataset.classes, network.num_classes, model)
     return export_network(
-        network, path, source=source, columns=columns, verify_images=verify_images or 256, opset=opset, listener=listener
+        network,
+        path,
+        source=source,
+        columns=columns,
+        verify_images=verify_images or 256,
+        opset=opset,
+        listener=listener,
     )
 
 
@@ -94,7 +104,7 @@ def export_network(
     metrics: Mapping[str, float] | None = None,
     listener: Listener,
 ) -> ExportResult:
-    """Export a network to ONNX, compare it on images of ``source`` (or random ones), and record the comparison beside it."""
+    """Export to ONNX, compare on images of ``source`` (or random ones), and record the comparison beside the file."""
     images, targets = _verification_images(network, source, verify_images, listener)
     if targets is not None and columns is not None:
         targets = torch.as_tensor(columns)[targets]
@@ -110,10 +120,13 @@ def export_network(
     )
     check = found[0]
     listener.message(
-        f"{path} agrees with PyTorch on {check.num_images} images: largest difference of a logit {check.max_abs_diff:.2g},"
+        f"{path} agrees with PyTorch on {check.num_images} images: largest difference of a logit"
+        f" {check.max_abs_diff:.2g},"
         f" same class for {check.agreement:.1f} %"
     )
-    result = ExportResult(path, written.size_mb, check.max_abs_diff, check.top1_torch, check.top1_exported, check.num_images)
+    result = ExportResult(
+        path, written.size_mb, check.max_abs_diff, check.top1_torch, check.top1_exported, check.num_images
+    )
     _record(path, result)
     return result
 
@@ -122,11 +135,17 @@ def _verification_images(
     network: Network, source: Source | None, count: int, listener: Listener
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     if source is None:
-        listener.message("Without --data the file is compared on random images, and no accuracy is measured", level="warning")
+        listener.message(
+            "Without --data the file is compared on random images, and no accuracy is measured", level="warning"
+        )
         generator = torch.Generator().manual_seed(0)
         return torch.rand(_RANDOM_IMAGES, 3, *network.input.img_size, generator=generator), None
     chosen = stratified_subset(source, count, seed=0)
-    batches = [batch for batch in eval_loader(chosen, EvalTransform(network.input), batch_size=64, workers=0) if len(batch["target"])]
+    batches = [
+        batch
+        for batch in eval_loader(chosen, EvalTransform(network.input), batch_size=64, workers=0)
+        if len(batch["target"])
+    ]
     if not batches:
         raise RequestError("None of the images to compare on can be read.", hint="Give other data with --data.")
     return torch.cat([batch["image"] for batch in batches]), torch.cat([batch["target"] for batch in batches])

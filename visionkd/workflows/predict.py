@@ -27,6 +27,7 @@ def predict(
     save: str | None = None,
     top_k: int = 5,
     accelerator: str | None = None,
+    overwrite: bool = False,
     listener: Listener | None = None,
 ) -> PredictResult:
     """Label images.
@@ -37,6 +38,7 @@ def predict(
         save: Directory for copies with the labels drawn on them.
         top_k: Labels per image.
         accelerator: ``auto``, ``cpu`` or ``gpu``.
+        overwrite: Replace pictures that exist in ``save``.
         listener: Is told what happens.
 
     Raises:
@@ -54,7 +56,7 @@ def predict(
 
         loaded = load_network(model)
         classes = describe(loaded.classes) if loaded.classes is not None else None
-    targets = _saved_names(files, Path(save)) if save is not None else {}
+    targets = _saved_names(files, Path(save), overwrite=overwrite) if save is not None else {}
     predictions: list[Prediction] = []
     skipped: list[tuple[str, str]] = []
     for first in range(0, len(files), _BATCH):
@@ -92,7 +94,7 @@ def _probs(loaded: Any, batch: np.ndarray, accelerator: str | None) -> np.ndarra
         return loaded(torch.from_numpy(batch).to(device)).logits.float().softmax(1).cpu().numpy()
 
 
-def _saved_names(files: Sequence[Path], directory: Path) -> dict[Path, Path]:
+def _saved_names(files: Sequence[Path], directory: Path, *, overwrite: bool) -> dict[Path, Path]:
     """Give each picture a name of its own in ``directory``, also where files of several folders share one."""
     taken: set[str] = set()
     names = {}
@@ -102,6 +104,14 @@ def _saved_names(files: Sequence[Path], directory: Path) -> dict[Path, Path]:
             name, number = f"{file.stem}-{number}.png", number + 1
         taken.add(name)
         names[file] = directory / name
-        if names[file].resolve() == file.resolve():
-            raise RequestError(f"--save {directory} would write over {file}.", hint="Give another directory.")
+        if file.parent.resolve() == directory.resolve():
+            raise RequestError(
+                f"--save {directory} would add pictures to the folder they come from.", hint="Give another directory."
+            )
+    taken_files = [path for path in names.values() if path.exists()]
+    if taken_files and not overwrite:
+        raise RequestError(
+            f"{taken_files[0]} exists ({len(taken_files)} in all), and nothing is written over unasked.",
+            hint="Give --overwrite, or another directory with --save.",
+        )
     return names

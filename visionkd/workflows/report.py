@@ -23,14 +23,20 @@ from visionkd.workflows.results import ReportResult
 
 
 def report(
-    *, run: str, baseline: str | None = None, out: str | None = None, listener: Listener | None = None
+    *,
+    run: str,
+    baseline: str | None = None,
+    out: str | None = None,
+    overwrite: bool = False,
+    listener: Listener | None = None,
 ) -> ReportResult:
     """Write the page.
 
     Args:
         run: Run directory.
         baseline: Run of the same student trained alone; None takes the one that the run was compared with.
-        out: File to write; None takes ``report.html`` in the run.
+        out: File to write; None takes ``report.html`` in the run, which is always renewed.
+        overwrite: Replace ``out`` if it exists.
         listener: Is told what happens.
 
     Raises:
@@ -40,23 +46,33 @@ def report(
     path = Path(run)
     status = _read_json(path / "status.json")
     if status is None:
-        raise RequestError(f"{run} is not a run directory: it holds no status.json.", hint="Runs are made by 'visionkd distill' and 'visionkd train'.")
+        raise RequestError(
+            f"{run} is not a run directory: it holds no status.json.",
+            hint="Runs are made by 'visionkd distill' and 'visionkd train'.",
+        )
     comparison = _read_json(path / "comparison.json")
     if comparison is None:
         state = status.get("state", "unknown")
-        raise RequestError(f"The run in {run} has no results to report yet (state: {state}).", hint=f"Finish it: --resume --out {run}")
+        raise RequestError(
+            f"The run in {run} has no results to report yet (state: {state}).", hint=f"Finish it: --resume --out {run}"
+        )
+    file = Path(out) if out is not None else path / "report.html"
+    if out is not None and file.exists() and not overwrite:
+        raise RequestError(
+            f"{file} exists, and nothing is written over unasked.", hint="Give --overwrite, or another --out FILE."
+        )
     config_text = (path / "config.yaml").read_text(encoding="utf-8")
     config = yaml.safe_load(config_text)
-    baseline = baseline or config["report"]["baseline"]
     evaluations = Evaluations.load(path / "evaluation.npz")
     environment = _read_json(path / "environment.json") or {}
     rows = comparison["rows"]
     exports = tuple(ExportRow(**_known(ExportRow, row)) for row in _read_json(path / "export" / "export.json") or ())
     exported_latency = _read_json(path / "export" / "latency.json") or {}
-    student = _model_row(_of_role(rows, "student")[0], note="", latency_ms=exported_latency)
-    baseline_rows = _of_role(rows, "baseline")
-    if not baseline_rows and baseline is not None:
-        baseline_rows = _of_role(_baseline_comparison(baseline)["rows"], "student")
+    student = _model_row(rows[0], note="", latency_ms=exported_latency)
+    baseline_rows, baseline_probs = _of_role(rows, "baseline"), evaluations.probs.get("baseline")
+    if baseline is not None:
+        baseline_rows, baseline_probs = _baseline(baseline, evaluations)
+    baseline = baseline or config["report"]["baseline"]
     card = _read_json(path / "model" / "model.json") or {}
     data = ReportData(
         title=f"{student.name}: {config.get('method', 'supervised training')}",
@@ -76,7 +92,7 @@ def report(
             evaluations.targets,
             evaluations.probs["student"],
             evaluations.probs.get("teacher"),
-            evaluations.probs.get("baseline"),
+            baseline_probs,
             evaluations.names,
         ),
         thumbnail=_thumbnails(path, evaluations, listener),
@@ -86,7 +102,6 @@ def report(
         preflight=tuple((state, text) for state, text in status.get("preflight", ())),
         exports=exports,
     )
-    file = Path(out) if out is not None else path / "report.html"
     write_text(file, render_report(data))
     return ReportResult(file)
 
@@ -104,11 +119,16 @@ def _of_role(rows: list[dict[str, Any]], role: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["role"] == role]
 
 
-def _baseline_comparison(run: str) -> dict[str, Any]:
+def _baseline(run: str, evaluations: Evaluations) -> tuple[list[dict[str, Any]], Any]:
+    """Return the row of another run's network, and its answers where they are about the same samples."""
     found = _read_json(Path(run) / "comparison.json")
     if found is None:
-        raise RequestError(f"--baseline {run} is not a finished run.", hint="Give the directory of a run made by 'visionkd train'.")
-    return found
+        raise RequestError(
+            f"--baseline {run} is not a finished run.", hint="Give the directory of a run made by 'visionkd train'."
+        )
+    other = Evaluations.load(Path(run) / "evaluation.npz")
+    same = other.names == evaluations.names and other.probs["student"].shape == evaluations.probs["student"].shape
+    return found["rows"][:1], other.probs["student"] if same else None
 
 
 def _curves(run: Path) -> Curves | None:
@@ -120,7 +140,7 @@ def _thumbnails(path: Path, evaluations: Evaluations, listener: Listener) -> Any
     """Return what gives the picture of an evaluated sample, None where the data is gone."""
     config = data_config(None, run=path)
     try:
-        source = open_data(config.data.path, config=config.data, seed=config.training.seed).splits["val"]
+        source = open_data(config.data.path, config=config.data, seed=config.data.split_seed).splits["val"]
     except (VisionKDError, KeyError) as error:
         listener.message(f"The report is without pictures: {error}", level="warning")
         return None

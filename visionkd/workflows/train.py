@@ -13,7 +13,7 @@ from visionkd.workflows._networks import load_network
 from visionkd.workflows._request import build_config, check_mode, command_line, shared_overrides
 from visionkd.workflows._rundir import open_run
 from visionkd.workflows._stages import Stages, open_for_training, write_environment
-from visionkd.workflows._training import check_compute, fit, resolve_training, run_path
+from visionkd.workflows._training import budget_text, check_compute, fit, resolve_training, run_path
 from visionkd.workflows.results import RunResult
 
 
@@ -49,9 +49,19 @@ def train(
     """
     check_mode(resume=resume, overwrite=overwrite)
     overrides = shared_overrides(
-        data=data, task=task, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, export=export, accelerator=accelerator,
-        devices=devices, nodes=nodes, strategy=strategy, precision=precision,
-    )  # fmt: skip
+        data=data,
+        task=task,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        seed=seed,
+        export=export,
+        accelerator=accelerator,
+        devices=devices,
+        nodes=nodes,
+        strategy=strategy,
+        precision=precision,
+    )
     overrides |= {"model.name": model, "model.pretrained": pretrained}
     settings = build_config(TrainConfig, config=config, options=options, overrides=overrides, out=out, resume=resume)
     if problems := check_compute(settings):
@@ -60,25 +70,32 @@ def train(
     resolve_training(settings, img_size=max(network.input.img_size))
     path = run_path(out, f"{network.architecture}.train_{dataset.name}")
     command = command_line()
-    opened = open_run(path, config=settings, command=command, resume=resume, overwrite=overwrite, listener=listener or Listener())
+    opened = open_run(
+        path, config=settings, command=command, resume=resume, overwrite=overwrite, listener=listener or Listener()
+    )
     with opened as (run, told):
         write_environment(run, command)
         stages = Stages(run, told, ["train", "package", "compare", *settings.export.formats, "report"], settings)
         for text in (*dataset.messages, *network.notes):
             told.message(text)
-        told.message(
-            f"{network.architecture}: {settings.training.epochs} epochs of {len(dataset.splits['train'])} images, batch"
-            f" {settings.training.batch_size}, {settings.optimizer.name} at lr {settings.optimizer.lr:.3g}"
-        )
+        told.message(f"{network.architecture}: {budget_text(settings, dataset)}")
         with stages.stage("train", f"Train {network.architecture}") as todo:
             if not todo and run.model.is_dir():
                 network = load_network(str(run.model))
             else:
-                task_ = ClassificationTask(num_classes=len(dataset.classes), label_smoothing=settings.training.label_smoothing)
+                task_ = ClassificationTask(
+                    num_classes=len(dataset.classes), label_smoothing=settings.training.label_smoothing
+                )
                 module = fit(
-                    lambda budget: Supervised(student=network, task=task_, config=settings, budget=budget), data=dataset,
-                    config=settings, student=network, img_size=network.input.img_size, run=run, stage="train", listener=told,
-                )  # fmt: skip
+                    lambda budget: Supervised(student=network, task=task_, config=settings, budget=budget),
+                    data=dataset,
+                    config=settings,
+                    student=network,
+                    img_size=network.input.img_size,
+                    run=run,
+                    stage="train",
+                    listener=told,
+                )
                 network = module.deployed_student
         if not run.writes:
             return RunResult(run.path, {})

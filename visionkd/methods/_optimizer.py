@@ -1,0 +1,75 @@
+"""Optimiser and learning-rate schedule of a training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import nn
+
+from visionkd.config.schema import RunConfig, ScheduleConfig
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Length of a training, in optimiser steps."""
+
+    steps_per_epoch: int
+    epochs: int
+
+
+def build_optimizer(student: nn.Module, projectors: nn.Module, *, config: RunConfig, budget: Budget) -> dict[str, Any]:
+    """Return optimiser and schedule in the form that Lightning takes.
+
+    Args:
+        student: The bare network; it says itself which of its parameters are not to be decayed.
+        projectors: What trains beside it.
+        config: With the learning rate and the weight decay resolved.
+        budget: Length of the training.
+    """
+    settings = config.optimizer
+    assert settings.lr is not None and settings.weight_decay is not None, "the workflow resolves both"
+    groups = _parameter_groups(student, projectors, settings.weight_decay, settings.decay_norm_and_bias)
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    fused = not clips_scaled_gradients(config) and devices <= {"cpu", "cuda"}
+    optimizer: torch.optim.Optimizer
+    if settings.name == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=fused)
+    else:
+        nesterov = settings.nesterov and settings.momentum > 0
+        optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=nesterov, fused=fused)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(lr_factor, schedule=config.schedule, budget=budget))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def clips_scaled_gradients(config: RunConfig) -> bool:
+    """Whether gradients are clipped under float16: a fused optimiser undoes the loss scaling too late for that."""
+    return config.training.precision == "16" and config.training.clip_grad_norm is not None
+
+
+def lr_factor(step: int, *, schedule: ScheduleConfig, budget: Budget) -> float:
+    """Return the share of the peak learning rate at an optimiser step, counted from 0."""
+    warmup = schedule.warmup_epochs * budget.steps_per_epoch
+    total = budget.epochs * budget.steps_per_epoch
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if schedule.name == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup) / max(1.0, total - warmup))
+    low = schedule.min_lr_ratio
+    return low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def _parameter_groups(
+    student: nn.Module, projectors: nn.Module, weight_decay: float, decay_all: bool
+) -> list[dict[str, Any]]:
+    trained = nn.ModuleDict({"student": student, "projectors": projectors})
+    if decay_all:
+        return [{"params": [p for p in trained.parameters() if p.requires_grad], "weight_decay": weight_decay}]
+    undecayed = getattr(student, "no_weight_decay", set)()
+    names = [f"student.{name}" for name in undecayed]
+    return param_groups_weight_decay(trained, weight_decay, no_weight_decay_list=names)
