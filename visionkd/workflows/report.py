@@ -79,7 +79,7 @@ def report(
         run=path.resolve().name,
         created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         student=student,
-        teachers=tuple(_model_row(row, note="teacher") for row in _of_role(rows, "teacher")),
+        teachers=tuple(_model_row(row, note="") for row in _of_role(rows, "teacher")),
         baseline=_model_row(baseline_rows[0], note="trained alone") if baseline_rows else None,
         command=environment.get("command", ""),
         data=str(card.get("origin", {}).get("data", config["data"]["path"])),
