@@ -139,8 +139,10 @@ class _Batches(Dataset):
 
     def _collate(self, images: list[Tensor], targets: list[int], **rest: list[int]) -> dict[str, Tensor]:
         if images:
-            stacked = _empty((len(images), *images[0].shape))
-            torch.stack(images, out=stacked)
+            channels, height, width = images[0].shape
+            pixels = _empty((len(images), height, width, channels))
+            torch.stack([image.permute(1, 2, 0) for image in images], out=pixels)
+            stacked = pixels.permute(0, 3, 1, 2)  # channels-last memory, as convolutions want it
         else:
             height, width = getattr(self.transform, "img_size", (1, 1))
             stacked = torch.empty((0, 3, height, width), dtype=torch.uint8)

@@ -48,7 +48,8 @@ def _size_of(image: Image.Image | Tensor) -> tuple[int, int]:
 
 
 def _to_tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(array.transpose(2, 0, 1), order="C"))
+    """3 x H x W in channels-last memory: no transposition here, and none before a convolution."""
+    return torch.from_numpy(np.array(array, order="C")).permute(2, 0, 1)
 
 
 class TrainTransform:

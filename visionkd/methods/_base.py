@@ -114,7 +114,7 @@ class DistillationModule(lightning.LightningModule):
         return {**batch, "image": image}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        torch.manual_seed(self._step_seed(batch_idx))
+        self._seed_step(batch_idx)
         image, target = batch["image"], batch["target"]
         if self._mixer is not None:
             image, target = self._mixer(image, target)
@@ -145,10 +145,13 @@ class DistillationModule(lightning.LightningModule):
         if self.ema is not None:
             self.ema.update_parameters(self.student)
 
-    def _step_seed(self, batch_idx: int) -> int:
-        # a tuple of integers has the same hash in every process
+    def _seed_step(self, batch_idx: int) -> None:
+        # a tuple of integers has the same hash in every process; torch.manual_seed would cost a millisecond
         step = self.current_epoch * self.budget.steps_per_epoch * self.config.training.accumulate + batch_idx
-        return hash((self.config.training.seed, step, self.global_rank)) & (2**63 - 1)
+        seed = hash((self.config.training.seed, step, self.global_rank)) & (2**63 - 1)
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     # Evaluation -------------------------------------------------------------------------------------------------------
 
