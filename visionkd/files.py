@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import tempfile
@@ -14,10 +15,7 @@ from pathlib import Path
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside ``path``; rename it to ``path`` when the block ends well, remove it otherwise."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _temporary(path)
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -26,8 +24,45 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is not None and os.fspath(error.filename) == str(temporary):
+            raise OSError(error.errno, error.strerror, str(path)) from error  # nobody knows the temporary name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """Create an empty file beside ``path``; what forbids it is said of ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    os.close(handle)
+    return Path(name)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Fail where ``path`` could not be written, before the work whose result it is to hold; nothing is left behind.
+
+    Raises:
+        OSError: With ``path`` or the directory above it that cannot be written to.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    missing = []
+    for folder in path.parents:
+        if folder.exists():
+            break
+        missing.append(folder)
+    try:
+        _temporary(path).unlink()
+    finally:
+        for folder in missing:  # the innermost one first
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:

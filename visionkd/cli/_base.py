@@ -27,7 +27,12 @@ class _Collects:
 
     def process_value(self, ctx: click.Context, value: Any) -> Any:
         try:
-            return super().process_value(ctx, value)  # type: ignore[misc]
+            converted = super().process_value(ctx, value)  # type: ignore[misc]
+            if any(
+                isinstance(one, str) and not one.strip() for one in (value if isinstance(value, tuple) else [value])
+            ):
+                raise click.BadParameter("is empty")
+            return converted
         except click.BadParameter as error:
             if ctx.resilient_parsing:  # shell completion looks at half a command line
                 raise

@@ -26,11 +26,24 @@ _TRAIN_MODULES = frozenset(
 )
 _FULL = "there is no space left on the disk"
 _OSERRORS = {
-    errno.ENOSPC: (_FULL, "Free some space, or choose another disk with --out; a stopped run continues with --resume."),
+    errno.ENOSPC: (
+        _FULL,
+        "Free some space, or choose another disk with --out; a stopped run continues with --resume --out DIR.",
+    ),
     errno.EDQUOT: ("the disk quota is used up", "Free some space, or choose another place with --out."),
     errno.EROFS: ("the place to write to is read-only", "Choose a writable directory with --out."),
     errno.EACCES: ("permission denied", "Check the owner and the permissions, or choose another directory with --out."),
     errno.EPERM: ("permission denied", "Check the owner and the permissions, or choose another directory with --out."),
+}
+
+
+#: Only where the error itself, not its cause, is one of these: a library may look for a file and do without it.
+_CHECK = "Check the path; --debug shows what it was wanted for."
+_PLACES = {
+    errno.ENOENT: "Check the path, and that the directory above it exists; --debug shows what it was wanted for.",
+    errno.ENOTDIR: "A part of the path is a file; give another path.",
+    errno.EISDIR: "A file is wanted there; give the path of a file, or move the directory away.",
+    errno.EEXIST: "Give another path, or move what is there away.",
 }
 
 
@@ -71,6 +84,8 @@ def explain(error: BaseException) -> Failure:
         known = _explain_known(cause)
         if known is not None:
             return Failure((known[0],), known[2], known[1], notes=notes)
+    if isinstance(error, OSError) and error.errno and error.filename is not None:
+        return Failure((_place(error),), FAILED, _PLACES.get(error.errno, _CHECK), notes=notes)
     text = " ".join(str(error).split())
     short = f"internal error: {type(error).__name__}{': ' if text else ''}{text[:300]}"
     return Failure(
@@ -103,6 +118,14 @@ def _explain_known(error: BaseException) -> tuple[str, str, int] | None:
             FAILED,
         )
     return None
+
+
+def _place(error: OSError) -> str:
+    names = [
+        os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes, os.PathLike))
+    ]
+    reason = (error.strerror or type(error).__name__).lower()
+    return f"{reason}: {' -> '.join(names) or error.filename}"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

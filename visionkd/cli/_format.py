@@ -22,6 +22,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return ``1 image`` or ``2,000 images``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def value_text(name: str, value: Any) -> str:
     """Return a measured value with as many digits as its unit, the end of its name, deserves."""
     if value is None:

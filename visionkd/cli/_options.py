@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import click
@@ -32,6 +33,21 @@ class Count(click.ParamType):
         if number < self.minimum:
             other = " or 'auto'" if self.auto else ""
             self.fail(f"must be a whole number from {self.minimum} up{other} (given: '{value}')", param, ctx)
+        return number
+
+
+class AboveZero(click.ParamType):
+    """A number above 0."""
+
+    name = "X"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not 0.0 < number < math.inf:
+            self.fail(f"must be a number above 0 (given: '{value}')", param, ctx)
         return number
 
 
@@ -81,7 +97,9 @@ budget = stack(
             stated_default="64",
             help="Images per optimiser step, over all devices.",
         ),
-        option("--lr", type=float, metavar="X", help="Peak learning rate; the default scales with the batch size."),
+        option(
+            "--lr", type=AboveZero(), metavar="X", help="Peak learning rate; the default scales with the batch size."
+        ),
         option("--seed", type=Count(0), metavar="N", stated_default="0", help="Seed of all randomness."),
     ]
 )
@@ -89,7 +107,7 @@ destination = stack(
     [
         option("--export", metavar="FORMAT[,...]", help="Export at the end of the run: onnx."),
         option("--out", metavar="DIR", help="Run directory; the default is a new one below runs/."),
-        option("--resume", is_flag=True, help="Continue a run that was stopped, from its last checkpoint."),
+        option("--resume", is_flag=True, help="Continue the run in --out, from its last checkpoint."),
         option("--overwrite", is_flag=True, help="Replace the run in --out by a new one."),
     ]
 )

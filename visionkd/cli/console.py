@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from visionkd.cli._format import aligned, as_mapping, jsonable, table_cells, value_text
+from visionkd.cli._format import aligned, as_mapping, counted, jsonable, table_cells, value_text
 from visionkd.cli._progress import LiveListener, PlainListener
 from visionkd.types import Listener
 
@@ -158,7 +158,7 @@ def show_run(result: Any) -> None:
 
 def show_evaluation(result: Any) -> None:
     """Print an evaluation: all metrics, and the classes where the model does worst."""
-    write(f"{result.model} on {result.data}, split '{result.split}', {result.num_images:,} images")
+    write(f"{result.model} on {result.data}, split '{result.split}', {counted(result.num_images, 'image')}")
     _show_pairs(result.metrics)
     worst = sorted(result.per_class.items(), key=lambda item: item[1])
     shown = worst if len(worst) <= _MOST_CLASSES else worst[: _MOST_CLASSES // 2]
@@ -168,7 +168,7 @@ def show_evaluation(result: Any) -> None:
     if len(shown) < len(worst):
         note(f"(the {len(shown)} worst of {len(worst)} classes; --json gives all)")
     if result.skipped:
-        warn(f"{len(result.skipped)} images could not be read: {_some(result.skipped)}")
+        warn(f"{counted(len(result.skipped), 'image')} could not be read: {_some(result.skipped)}")
 
 
 def show_predictions(result: Any) -> None:

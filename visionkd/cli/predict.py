@@ -24,6 +24,7 @@ from visionkd.cli._base import argument, new_command, option
 @argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @option("--save", metavar="DIR", help="Write copies of the images there with the labels drawn on them.")
 @option("--top-k", type=_options.AT_LEAST_1, default=5, show_default=True, metavar="N", help="Labels per image.")
+@_options.overwrite
 @_options.accelerator
 @_options.as_json
 @click.pass_context

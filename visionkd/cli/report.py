@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from visionkd.cli import console
+from visionkd.cli import _options, console
 from visionkd.cli._base import argument, new_command, option
 
 
@@ -17,6 +17,7 @@ from visionkd.cli._base import argument, new_command, option
 @argument("run", metavar="RUN")
 @option("--baseline", metavar="RUN", help="Run of the same student trained alone, to compare with.")
 @option("--out", metavar="FILE", help="File to write; the default is the run's report.html.")
+@_options.overwrite
 def command(**request: Any) -> None:
     from visionkd import workflows
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass, replace
 from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from visionkd.config.schema import RunConfig
+from visionkd.config.plain import plain, read_value, read_yaml, shown
+from visionkd.config.schema import DistillConfig, RunConfig, TrainConfig
 from visionkd.errors import Problem, RequestError, did_you_mean
 
 C = TypeVar("C", bound=RunConfig)
+
+#: Whose recipe a configuration is, and the keys that only it has; the first ones are those that tell a reader.
+_COMMANDS: dict[str, tuple[type[RunConfig], tuple[str, ...]]] = {
+    "distill": (DistillConfig, ("student", "teachers", "method", "options", "fit_teacher")),
+    "train": (TrainConfig, ("model",)),
+}
+_RECIPES = "See 'visionkd configs list' and 'visionkd configs show NAME' for complete recipes."
+_UNKNOWN = "unknown key"
 
 
 def load_config(
@@ -23,6 +33,9 @@ def load_config(
     overrides: Mapping[str, Any] | None = None,
     options: Sequence[str] = (),
     method_options: Callable[[str], type | None] | None = None,
+    spelled: Mapping[str, str] | None = None,
+    again: str | None = None,
+    check: Callable[[Mapping[str, Any]], Iterable[Problem]] | None = None,
 ) -> C:
     """Build a checked configuration.
 
@@ -33,38 +46,38 @@ def load_config(
         overrides: Values by dotted key; None values are ignored.
         options: ``KEY=VALUE`` strings, as given with ``-o``; they win over ``overrides``.
         method_options: Gives the frozen options dataclass of a method, or None where the method is not known yet.
+        spelled: The command line's option behind a key of ``overrides``, such as ``--lr``, for messages.
+        again: How the recipe was named on the command line, such as ``--config NAME``, to say what to run instead.
+        check: Finds further problems in the values that were read and overridden, which may be of any type.
 
     Raises:
         RequestError: With every problem found: key path, value given, what is allowed.
     """
+    values: dict[str, Any] = {}
     problems: list[Problem] = []
-    values = _read_yaml(text, where, problems)
-    for key, value in (overrides or {}).items():
-        if value is not None:
-            _put(values, key, value, problems)
-    for option in options:
-        key, equals, value_text = option.partition("=")
-        if not equals or not key.strip():
-            problems.append(Problem(f"-o {option}", "is not of the form KEY=VALUE", "Example: -o training.epochs=5"))
-            continue
-        try:
-            value = yaml.safe_load(value_text)
-        except yaml.YAMLError:
-            value = value_text
-        _put(values, key.strip(), value, problems)
+    if text is not None:
+        values, problems = plain(read_yaml(text, where))
+        _check_command(kind, values, where, again)
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    for key, value in given.items():
+        _put(values, key, copy.deepcopy(value), problems)
+    by_option = [_put_option(values, option, problems) for option in options]
+    values, found = plain(values)
+    problems += found
     config = None
     try:
         config = kind.model_validate(values)
     except ValidationError as error:
-        problems += _explain(error, kind)
-    method = values.get("method", "auto")
-    schema = method_options(method) if method_options and isinstance(method, str) else None
-    if schema is not None:
-        given = values.get("options") or {}
-        if isinstance(given, dict):
-            problems += options_problems(schema, given)
+        known = {problem.key for problem in problems}
+        problems += [problem for problem in _explain(error, kind) if problem.key not in known]
+    problems += _method_problems(kind, values, method_options)
+    problems = [_spell(problem, given, by_option, spelled or {}) for problem in dict.fromkeys(problems)]
+    for problem in check(values) if check else ():
+        option = _option_of(problem.key, given, by_option, spelled or {})
+        problems.append(replace(problem, key=option) if option else problem)
     if problems:
-        raise RequestError(problems, hint="See 'visionkd configs list' and 'visionkd configs show NAME' for complete recipes.")
+        helps = any(problem.message.startswith(_UNKNOWN) for problem in problems)
+        raise RequestError(problems, hint=_RECIPES if helps else None)
     assert config is not None
     return config
 
@@ -84,7 +97,11 @@ def options_problems(schema: type, given: Mapping[str, Any]) -> list[Problem]:
     assert is_dataclass(schema)
     known = list(schema.__dataclass_fields__)
     problems = [
-        Problem(f"options.{name}", "unknown option of this method", did_you_mean(str(name), known) or f"Known: {', '.join(known)}")
+        Problem(
+            f"options.{name}",
+            "unknown option of this method",
+            did_you_mean(str(name), known) or f"Known: {', '.join(known)}",
+        )
         for name in given
         if name not in known
     ]
@@ -93,37 +110,61 @@ def options_problems(schema: type, given: Mapping[str, Any]) -> list[Problem]:
     except ValidationError as error:
         for item in error.errors():
             key = ".".join(["options", *map(str, item["loc"])])
-            problems.append(Problem(key, f"{_message(item)} (given: {item.get('input')!r})"))
+            problems.append(Problem(key, f"{_message(item)} (given: {shown(item.get('input'))})"))
     return problems
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A key given twice is an error: the first value would be lost without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = str(key_node.value)
-            if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"key '{key}' is given twice", problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
+def _method_problems(
+    kind: type[RunConfig], values: Mapping[str, Any], method_options: Callable[[str], type | None] | None
+) -> list[Problem]:
+    method, given = values.get("method", "auto"), values.get("options") or {}
+    if method_options is None or "method" not in kind.model_fields or not isinstance(method, str):
+        return []
+    schema = method_options(method)
+    return options_problems(schema, given) if schema is not None and isinstance(given, dict) else []
 
 
-def _read_yaml(text: str | None, where: str, problems: list[Problem]) -> dict[str, Any]:
-    if text is None:
-        return {}
-    try:
-        values = yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date, a lone surrogate
-        problems.append(Problem(where, f"is not valid YAML: {' '.join(str(error).split())}"))
-        return {}
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        problems.append(Problem(where, "must be a mapping of names to values"))
-        return {}
-    return values
+# Where a value came from ----------------------------------------------------------------------------------------------
+
+
+def _check_command(kind: type[RunConfig], values: Mapping[str, Any], where: str, again: str | None) -> None:
+    """Refuse the recipe of another command in one line, where each of its keys would be unknown otherwise."""
+    own = next((keys for known, keys in _COMMANDS.values() if known is kind), None)
+    if own is None or any(key in values for key in own):
+        return
+    for command, (_, keys) in _COMMANDS.items():
+        found = [key for key in keys if key in values]
+        if found:
+            has = " and ".join(found[:2])
+            message = f"is a recipe for 'visionkd {command}' (it has {has})"
+            raise RequestError(Problem(where, message), hint=f"Run: visionkd {command} {again}" if again else None)
+
+
+def _spell(problem: Problem, given: Mapping[str, Any], by_option: Sequence[str], spelled: Mapping[str, str]) -> Problem:
+    """Put the option that the user typed before the key."""
+    option = _option_of(problem.key, given, by_option, spelled)
+    return replace(problem, key=f"{option} ({problem.key})") if option else problem
+
+
+def _option_of(key: str, given: Mapping[str, Any], by_option: Sequence[str], spelled: Mapping[str, str]) -> str | None:
+    if any(_within(key, other) for other in by_option):
+        return None  # -o wins, and names the key itself
+    return next((spelled[other] for other in given if other in spelled and _within(key, other)), None)
+
+
+def _within(key: str, section: str) -> bool:
+    return key == section or key.startswith(f"{section}.")
+
+
+def _put_option(values: dict[str, Any], option: str, problems: list[Problem]) -> str:
+    """Apply a ``KEY=VALUE`` string and return its key."""
+    key, equals, text = option.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        problems.append(Problem(f"-o {option}", "is not of the form KEY=VALUE", "Example: -o training.epochs=5"))
+    else:
+        _put(values, key, read_value(text), problems)
+    return key
 
 
 def _put(values: dict[str, Any], key: str, value: Any, problems: list[Problem]) -> None:
@@ -132,12 +173,14 @@ def _put(values: dict[str, Any], key: str, value: Any, problems: list[Problem]) 
     parts = key.split(".")
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
-        if isinstance(at, list) and part.isdecimal() and int(part) < len(at):
+        if isinstance(at, list) and part.isdecimal() and len(part) < 6 and int(part) < len(at):
             index: Any = int(part)
         elif isinstance(at, dict):
             index = part
         else:
-            problems.append(Problem(key, f"'{'.'.join(parts[:number])}' has no part '{part}'"))
+            above = ".".join(parts[:number])
+            length = f": it has {len(at)}, counted from 0" if isinstance(at, list) else ""
+            problems.append(Problem(key, f"'{above}' has no part '{part}'{length}"))
             return
         if last:
             at[index] = value
@@ -147,42 +190,76 @@ def _put(values: dict[str, Any], key: str, value: Any, problems: list[Problem]) 
         at = at[index]
 
 
+# What is wrong with it ------------------------------------------------------------------------------------------------
+
+
 def _explain(error: ValidationError, kind: type[BaseModel]) -> Iterator[Problem]:
-    known = dict(_all_keys(kind))
+    known = list(_all_keys(kind))
+    found: dict[str, list[Any]] = {}
     for item in error.errors():
-        loc = [str(part) for part in item["loc"] if not _is_union_branch(part)]
-        key = ".".join(loc)
+        unknown = item["type"] == "extra_forbidden"
+        loc = [str(part) for part in item["loc"] if unknown or not _is_union_branch(part)]
+        found.setdefault(".".join(loc) or "config", []).append(item)
+    for key, items in found.items():
+        item = items[0]
         if item["type"] == "extra_forbidden":
-            siblings = [path.rsplit(".", 1)[-1] for path in known if path.rpartition(".")[0] == ".".join(loc[:-1])]
-            elsewhere = [f"'{path}'" for path in known if path.rsplit(".", 1)[-1] == loc[-1]]
-            hint = f"Did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(loc[-1], siblings)
-            yield Problem(key, f"unknown key (given: {item['input']!r})", hint or f"Allowed here: {', '.join(sorted(siblings))}")
+            yield Problem(key, f"{_UNKNOWN} (given: {shown(item['input'])})", _nearest_key(key, known))
         elif item["type"] == "missing":
             yield Problem(key, "is required", _MISSING_HINTS.get(key))
-        else:
-            yield Problem(key or "config", f"{_message(item)} (given: {item['input']!r})")
+        elif item["type"] in ("model_type", "model_attributes_type"):
+            below = [path for path in known if path.startswith(f"{_schema_path(key)}.")]
+            example = f"Set one of its keys, such as {key}.{below[0].rsplit('.', 1)[-1]}" if below else None
+            yield Problem(key, f"is a section with keys of its own (given: {shown(item['input'])})", example)
+        else:  # several for one key: the branches of a union
+            messages = " or ".join(dict.fromkeys(map(_message, items))).replace(" or must be ", " or ")
+            yield Problem(key, f"{messages} (given: {shown(item['input'])})")
 
 
 _MISSING_HINTS = {
     "student": "Give --student NAME, such as --student resnet50",
+    "student.name": "Give --student NAME, such as --student resnet50",
     "teachers": "Give --teacher NAME, such as --teacher vit_l",
     "model": "Give --model NAME, such as --model resnet18",
+    "model.name": "Give --model NAME, such as --model resnet18",
 }
+
+
+def _nearest_key(key: str, known: Sequence[str]) -> str:
+    """Return the key that was meant: of the same name elsewhere, of a like name here, of a like name elsewhere."""
+    section, _, name = _schema_path(key).rpartition(".")
+    here = [path.rsplit(".", 1)[-1] for path in known if path.rpartition(".")[0] == section]
+    elsewhere = [path for path in known if path.rsplit(".", 1)[-1] == name]
+    if elsewhere:
+        return f"Did you mean {' or '.join(repr(path) for path in elsewhere)}?"
+    near = did_you_mean(name, here)
+    if not near:
+        like = did_you_mean(name, {path.rsplit(".", 1)[-1] for path in known}, count=1)
+        near = next((f"Did you mean '{path}'?" for path in known if f"'{path.rsplit('.', 1)[-1]}'" in like), "")
+    return near or f"Allowed here: {', '.join(sorted(here))}"
+
+
+def _schema_path(key: str) -> str:
+    """Return a key without the numbers of list items."""
+    return ".".join(part for part in key.split(".") if not part.isdecimal())
 
 
 def _message(item: Any) -> str:
     text = item["msg"].removeprefix("Value error, ")
+    if text.startswith("Input should be "):
+        return "must be " + text.removeprefix("Input should be ")
     return text[:1].lower() + text[1:]
 
 
 def _is_union_branch(part: Any) -> bool:
     """Pydantic adds the tried branch of a union to the path ('constrained-int', "literal['auto']")."""
-    return isinstance(part, str) and (part.startswith(("constrained-", "literal[", "function-")) or part in ("int", "float", "str"))
+    return isinstance(part, str) and (
+        part.startswith(("constrained-", "literal[", "function-")) or part in ("int", "float", "str")
+    )
 
 
-def _all_keys(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _all_keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, info in kind.model_fields.items():
-        yield prefix + name, info
+        yield prefix + name
         for inner in (info.annotation, *get_args(info.annotation)):
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 yield from _all_keys(inner, f"{prefix}{name}.")

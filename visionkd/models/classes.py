@@ -49,6 +49,13 @@ def _descriptions() -> dict[str, str]:
     return dict(ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True))
 
 
+def counted(number: int, noun: str) -> str:
+    """Return ``1 class`` or ``2 classes``."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}es" if noun.endswith("s") else f"{number} {noun}s"
+
+
 def align_classes(
     model_classes: Sequence[str] | None, data_classes: Sequence[str] | None, num_outputs: int
 ) -> AlignResult:
@@ -67,11 +74,12 @@ def align_classes(
         if all(wnids) and num_outputs in _SUBSETS and count != num_outputs:
             model_classes = imagenet_classes(num_outputs)
         elif count == num_outputs:
-            note = f"the model's {num_outputs} outputs have no names; they are taken in the order of the data's classes"
+            note = f"the model's {counted(num_outputs, 'output')} have no names; they are taken in the order of the data's classes"
             return AlignResult(tuple(range(count)), note, identity=True)
         else:
             return AlignResult(
-                None, f"the model has {num_outputs} outputs without names, and the data has {count} classes"
+                None,
+                f"the model has {counted(num_outputs, 'output')} without names, and the data has {counted(count, 'class')}",
             )
     if list(model_classes) == list(data_classes):
         return AlignResult(tuple(range(count)), f"the model's {count} classes are the data's", identity=True)

@@ -138,14 +138,22 @@ def _progress_bars() -> Iterator[None]:
             enable_progress_bars()
 
 
-def advice(wanted: str, *, page: str, cache: str) -> str:
-    """Return what to do without a network: random weights, a file from elsewhere, or a filled cache."""
-    return (
-        "Choose one:\n"
-        "  --no-pretrained            start from random weights\n"
-        f"  {wanted}@FILE    read weights that you fetched elsewhere from {page}\n"
-        f"  {cache}"
-    )
+def advice(wanted: str, *, page: str, cache: tuple[str, str], untrained: bool) -> str:
+    """Return what to do without a network: random weights, a file from elsewhere, or a filled cache.
+
+    Args:
+        wanted: Name of the architecture.
+        page: Where its weights are published.
+        cache: Variable that names a cache, and what it does.
+        untrained: Whether the network may start from random weights, because it is trained.
+    """
+    rows = [
+        *([("--no-pretrained", "start from random weights")] if untrained else []),
+        (f"{wanted}@FILE", f"read weights that you fetched elsewhere from {page}"),
+        cache,
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "Choose one:\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
 
 
 def _is_network_error(error: BaseException) -> bool:

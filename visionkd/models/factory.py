@@ -16,7 +16,8 @@ import visionkd.models.cifar_resnet  # noqa: F401  (registers its networks with 
 from visionkd.config.schema import NetworkConfig
 from visionkd.errors import DataError, RequestError, VisionKDError
 from visionkd.models import torchvision_zoo
-from visionkd.models.classes import imagenet_classes
+from visionkd.models.arguments import check_args, unknown_args
+from visionkd.models.classes import counted, imagenet_classes
 from visionkd.models.download import advice, hub_access, url_access
 from visionkd.models.names import Resolved, known_names, quiet_libraries, resolve_name
 from visionkd.models.network import Network, check_img_size, head_names
@@ -26,11 +27,6 @@ from visionkd.types import InputSpec
 
 __all__ = ["Network", "Resolved", "create_network", "known_names", "load_packaged", "resolve_name"]
 
-_OWN_ARGS = {
-    "num_classes": "the data decides it",
-    "pretrained": "use --no-pretrained",
-    "img_size": "use img_size beside args",
-}
 # Images this small are the whole picture already: there is no margin to crop away.
 _NO_CROP_UP_TO_PX = 64
 
@@ -61,7 +57,7 @@ def create_network(
         if num_classes not in (None, len(classes)):
             raise ValueError(f"{len(classes)} class names for {num_classes} outputs")
         num_classes = len(classes)
-    _check_args(config)
+    check_args(config)
     resolved = resolve_name(config.name)
     if resolved.source == "package":
         network, _ = load_packaged(resolved.path)
@@ -103,7 +99,8 @@ def _from_timm(resolved: Resolved, config: NetworkConfig, num_classes: int | Non
         if config.img_size is not None:
             kwargs["img_size"] = config.img_size
         repository = name.partition(":")[2]
-        steps = advice("ARCHITECTURE", page=f"https://huggingface.co/{repository}", cache=_HF_CACHE)
+        page = f"https://huggingface.co/{repository}"
+        steps = advice("ARCHITECTURE", page=page, cache=_HF_CACHE, untrained=in_training)
         with hub_access(config.name, repository, advice=steps):
             net = _build_timm(name, kwargs, config, pretrained=config.pretrained)
         cfg, notes = net.pretrained_cfg, ()
@@ -115,7 +112,7 @@ def _from_timm(resolved: Resolved, config: NetworkConfig, num_classes: int | Non
         if config.img_size is not None and known.fixed_input_size:
             kwargs["img_size"] = config.img_size
         net = (
-            _fetch_timm(name, known, kwargs, config)
+            _fetch_timm(name, known, kwargs, config, in_training)
             if pretrained
             else _build_timm(name, kwargs, config, pretrained=False)
         )
@@ -142,7 +139,8 @@ def _from_torchvision(resolved: Resolved, config: NetworkConfig, num_classes: in
     pretrained, notes = _weights_or_none(config, weights is not None, in_training)
     state = None
     if pretrained:
-        steps = advice(f"torchvision/{resolved.architecture}", page=weights.url, cache=_TORCH_CACHE)
+        wanted = f"torchvision/{resolved.architecture}"
+        steps = advice(wanted, page=weights.url, cache=_TORCH_CACHE, untrained=in_training)
         with url_access(config.name, weights.url, advice=steps):
             state = weights.get_state_dict(progress=False, check_hash=True)
     kwargs = {**torchvision_zoo.fixed_args(resolved.architecture, pretrained), **config.args}
@@ -247,16 +245,18 @@ def _rebuild(card: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], *, pa
 
 # Parts ----------------------------------------------------------------------------------------------------------------
 
-_HF_CACHE = "HF_HOME=DIR                use a Hugging Face cache that was filled on a connected machine"
-_TORCH_CACHE = "TORCH_HOME=DIR             use a torch cache that was filled on a connected machine"
+_HF_CACHE = ("HF_HOME=DIR", "use a Hugging Face cache that was filled on a connected machine")
+_TORCH_CACHE = ("TORCH_HOME=DIR", "use a torch cache that was filled on a connected machine")
 
 
-def _fetch_timm(name: str, cfg: Any, kwargs: dict[str, Any], config: NetworkConfig) -> nn.Module:
+def _fetch_timm(name: str, cfg: Any, kwargs: dict[str, Any], config: NetworkConfig, in_training: bool) -> nn.Module:
     if cfg.hf_hub_id:
         page = f"https://huggingface.co/{cfg.hf_hub_id}"
-        with hub_access(config.name, cfg.hf_hub_id, advice=advice(cfg.architecture, page=page, cache=_HF_CACHE)):
+        steps = advice(cfg.architecture, page=page, cache=_HF_CACHE, untrained=in_training)
+        with hub_access(config.name, cfg.hf_hub_id, advice=steps):
             return _build_timm(name, kwargs, config, pretrained=True)
-    with url_access(config.name, cfg.url, advice=advice(cfg.architecture, page=cfg.url, cache=_TORCH_CACHE)):
+    steps = advice(cfg.architecture, page=cfg.url, cache=_TORCH_CACHE, untrained=in_training)
+    with url_access(config.name, cfg.url, advice=steps):
         return _build_timm(name, kwargs, config, pretrained=True)
 
 
@@ -278,6 +278,9 @@ def _guarded(config: NetworkConfig, build: Any) -> Any:
     except (VisionKDError, OSError):
         raise
     except TypeError as error:
+        problems = unknown_args(config, lambda found: _bare(found.library, found.architecture, {}))
+        if problems:
+            raise RequestError(problems) from error
         raise RequestError(
             f"'{config.name}' does not take these arguments: {error}", hint=f"Given: args={config.args or '{}'}"
         ) from error
@@ -292,16 +295,6 @@ def _guarded(config: NetworkConfig, build: Any) -> Any:
         ) from error
 
 
-def _check_args(config: NetworkConfig) -> None:
-    for name, reason in _OWN_ARGS.items():
-        if name in config.args:
-            raise RequestError(f"args of '{config.name}' may not hold '{name}': {reason}")
-    if config.args.get("in_chans", 3) != 3:
-        raise RequestError(
-            f"'{config.name}': in_chans={config.args['in_chans']} is not supported; images are RGB, in_chans 3"
-        )
-
-
 def _weights_or_none(config: NetworkConfig, published: bool, in_training: bool) -> tuple[bool, tuple[str, ...]]:
     """Decide whether published weights are loaded, and what to tell the user."""
     if not config.pretrained or published:
@@ -310,8 +303,7 @@ def _weights_or_none(config: NetworkConfig, published: bool, in_training: bool) 
         return False, (f"no weights are published for '{config.name}': it starts from random ones",)
     raise RequestError(
         f"no weights are published for '{config.name}', and an untrained network cannot be used as it is",
-        hint=f"Train it first (visionkd train --model {config.name} --data DATA) and name its run directory, or pass "
-        "--no-pretrained to mean random weights.",
+        hint=f"Train it first (visionkd train --model {config.name} --data DATA) and name its run directory.",
     )
 
 
@@ -354,7 +346,8 @@ def _fit_head(network: Network, num_classes: int | None, classes: tuple[str, ...
     if num_classes is not None and network.num_classes != num_classes:
         # Silent where the head was published with the weights: everybody expects it to go.
         if network.pretrained_tag is None:
-            note = f"'{network.architecture}' has {network.num_classes} outputs: a fresh classifier has {num_classes}"
+            outputs = counted(network.num_classes, "output")
+            note = f"'{network.architecture}' has {outputs}: a fresh classifier has {num_classes}"
             network.notes = (*network.notes, note)
         network.reset_classifier(num_classes, classes)
     elif classes is not None:

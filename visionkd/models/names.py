@@ -63,30 +63,32 @@ def resolve_name(name: str) -> Resolved:
         RequestError: If it stands for nothing; the nearest names are offered.
     """
     name = os.fspath(name).strip()
+    if not name:
+        raise RequestError("the name of the network is empty", hint="Give a name such as resnet50.")
     if name.startswith(("hf-hub:", "hf_hub:")):
         return Resolved("timm", "hf-hub:" + name.split(":", 1)[1], library="timm")
     if name.startswith("local-dir:"):
         return Resolved("timm", name, library="timm")
     if "@" in name:
         architecture, _, file = name.partition("@")
-        return _file(name, architecture, Path(file).expanduser())
+        return _file(name, architecture, Path(os.path.expanduser(file)))
     network = _network(name)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if network is not None:
         if package_directory(path) is not None:
             note = f"'{name}' is taken as the network of that name; write './{name}' for the directory"
             return Resolved(network.source, network.architecture, network.tag, None, note, network.library)
         return network
-    if path.is_dir():
+    if os.path.isdir(path):  # pathlib raises where a name is too long for the file system
         found = package_directory(path)
         if found is None:
             raise RequestError(
                 f"the directory '{name}' is neither a packaged model nor a finished run: it has no model.json and no "
                 "model/model.json",
-                hint="A run packages its model when it ends; continue an unfinished one with --resume.",
+                hint="A run packages its model when it ends; continue an unfinished one with --resume --out DIR.",
             )
         return Resolved("package", path=found)
-    if path.is_file():
+    if os.path.isfile(path):
         return _file(name, None, path)
     raise _unknown(name)
 
@@ -153,7 +155,7 @@ def _network(name: str) -> Resolved | None:
 
 def _file(name: str, architecture: str | None, path: Path) -> Resolved:
     """Resolve ``ARCHITECTURE@FILE``, or a bare file that carries its architecture."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise RequestError(f"'{name}': there is no file '{path}'", hint="Name an existing file after the '@'.")
     if path.is_dir():
         raise RequestError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from visionkd.errors import RequestError, WorkError
+from visionkd.models.classes import counted
 from visionkd.models.normalize import Normalize, resize
 from visionkd.types import InputSpec, Output
 
@@ -57,7 +58,7 @@ class Network(nn.Module):
         self.num_classes = int(self.model_args["num_classes"])
         self.classes = classes
         if classes is not None and len(classes) != self.num_classes:
-            raise WorkError(f"'{architecture}' has {self.num_classes} outputs, but {len(classes)} class names")
+            raise WorkError(f"'{architecture}' has {counted(self.num_classes, 'output')}, but {counted(len(classes), 'class name')}")
         self.family: Family = family(net)
         self._embedding_dim: int | None = None
 

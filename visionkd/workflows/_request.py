@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from visionkd import registry
 from visionkd.config.load import load_config
 from visionkd.config.schema import RunConfig
-from visionkd.errors import Problem, RequestError
+from visionkd.data.open import known_names as known_data
+from visionkd.errors import Problem, RequestError, did_you_mean
 from visionkd.workflows._rundir import read_run_config
 from visionkd.workflows.configs import show_config
 
@@ -18,6 +22,28 @@ C = TypeVar("C", bound=RunConfig)
 METHODS = "visionkd.methods"
 #: What ``--method auto`` takes.
 AUTO_METHOD = "kd"
+#: The command line's option behind each key of the configuration that has one.
+_OPTIONS = {
+    "teachers": "--teacher",
+    "student.name": "--student",
+    "model.name": "--model",
+    "model.pretrained": "--pretrained",
+    "data.path": "--data",
+    "method": "--method",
+    "task": "--task",
+    "fit_teacher.mode": "--fit-teacher",
+    "report.baseline": "--baseline",
+    "training.epochs": "--epochs",
+    "training.batch_size": "--batch-size",
+    "optimizer.lr": "--lr",
+    "training.seed": "--seed",
+    "training.precision": "--precision",
+    "export.formats": "--export",
+    "compute.accelerator": "--accelerator",
+    "compute.devices": "--devices",
+    "compute.nodes": "--nodes",
+    "compute.strategy": "--strategy",
+}
 
 
 def build_config(
@@ -34,14 +60,102 @@ def build_config(
     Raises:
         RequestError: With everything that is wrong.
     """
-    text, where = None, "config"
+    _check_places(config=config, out=out, resume=resume)
+    text, where, again = None, "config", None
     if resume and config is None and out is not None:
-        text, where = read_run_config(Path(out)), f"{out}/config.yaml"
+        text, where, again = read_run_config(Path(out)), f"{out}/config.yaml", f"--resume --out {shlex.quote(out)}"
     elif config is not None:
-        text, where = show_config(config), config
+        again = f"--config {shlex.quote(config)}"
+        try:
+            text, where = show_config(config), config
+        except RequestError as error:  # the names that were given beside it are wrong or right without the recipe
+            problems = list(error.problems) or [Problem("--config", error.message)]
+            problems += [
+                replace(wrong, key=_OPTIONS.get(wrong.key, "--teacher")) for wrong in _wrong_names(_nested(overrides))
+            ]
+            raise RequestError(problems, hint=error.hint) from None
     return load_config(
-        kind, text=text, where=where, overrides=overrides, options=options, method_options=method_options
+        kind,
+        text=text,
+        where=where,
+        overrides=overrides,
+        options=options,
+        method_options=method_options,
+        spelled=_OPTIONS,
+        again=again,
+        check=_wrong_names,
     )
+
+
+def _check_places(*, config: str | None, out: str | None, resume: bool) -> None:
+    problems = [
+        Problem(option, "is empty", hint)
+        for option, value, hint in (
+            ("--config", config, "Give the name of a recipe or a file ('visionkd configs list')."),
+            ("--out", out, "Give a directory, such as --out runs/student."),
+        )
+        if value is not None and not value.strip()
+    ]
+    if resume and out is None:
+        problems.append(Problem("--resume", "needs the run directory to continue in", "Give --resume --out DIR."))
+    if problems:
+        raise RequestError(problems)
+
+
+def _wrong_names(values: Mapping[str, Any]) -> Iterator[Problem]:
+    """Find out whether everything that is named exists, before anything is fetched or built.
+
+    Args:
+        values: A configuration's values; what is not of its type is reported elsewhere.
+    """
+    from visionkd.models.names import resolve_name  # needs timm, which not every command does
+
+    for key, name in _names(values):
+        try:
+            resolve_name(name)
+        except RequestError as error:
+            yield Problem(key, error.message, error.hint)
+    method = values.get("method")
+    if isinstance(method, str) and method not in ("auto", *(known := registry.names(METHODS))):
+        hint = did_you_mean(method, ("auto", *known)) or f"Known: auto, {', '.join(known)}"
+        yield Problem("method", f"unknown name '{method}'", hint)
+    path = _part(values, "data", "path")
+    if isinstance(path, str) and not _is_data(path):
+        message = (
+            f"'{path}' is neither a directory, nor an archive, nor a known data set" if path.strip() else "is empty"
+        )
+        near = did_you_mean(path, known_data()) if os.sep not in path else ""
+        yield Problem("data.path", message, near or "'visionkd data list' shows the known names.")
+
+
+def _nested(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in overrides.items():
+        section, _, name = key.rpartition(".")
+        if value is not None:
+            (values.setdefault(section, {}) if section else values)[name] = value
+    return values
+
+
+def _names(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the name of each network and its key."""
+    teachers = values.get("teachers")
+    found = {f"{role}.name": _part(values, role, "name") for role in ("student", "model")}
+    for number, teacher in enumerate(teachers if isinstance(teachers, list) else ()):
+        found[f"teachers.{number}.name"] = _part({"teacher": teacher}, "teacher", "name")
+    found["report.baseline"] = _part(values, "report", "baseline")
+    for key, name in found.items():
+        if isinstance(name, str):
+            yield key, name
+
+
+def _part(values: Mapping[str, Any], section: str, key: str) -> Any:
+    inner = values.get(section)
+    return inner.get(key) if isinstance(inner, dict) else None
+
+
+def _is_data(path: str) -> bool:
+    return path in known_data() or (bool(path.strip()) and os.path.exists(os.path.expanduser(path)))
 
 
 def method_options(name: str) -> type | None:
@@ -76,7 +190,7 @@ def shared_overrides(
         "optimizer.lr": lr,
         "training.seed": seed,
         "training.precision": precision,
-        "export.formats": export.split(",") if export else None,
+        "export.formats": None if export is None else export.split(","),
         "compute.accelerator": accelerator,
         "compute.devices": int(devices) if isinstance(devices, str) and devices.isdecimal() else devices,
         "compute.nodes": nodes,

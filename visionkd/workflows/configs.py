@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import visionkd
 from visionkd.errors import Problem, RequestError, did_you_mean
 from visionkd.files import write_text
 
+_LIST = "See 'visionkd configs list'."
 _SUFFIXES = (".yaml", ".yml")
 
 
@@ -37,11 +39,13 @@ def show_config(name: str) -> str:
         RequestError: If there is no such recipe or file.
     """
     recipes = _recipes()
+    if not name.strip():
+        raise RequestError("the name of the recipe is empty", hint=_LIST)
     if name not in recipes:
-        path = Path(name).expanduser()
-        file = path / "config.yaml" if path.is_dir() else path
-        if file.is_file():
-            return _read(file)
+        path = os.path.expanduser(name)
+        file = os.path.join(path, "config.yaml") if os.path.isdir(path) else path
+        if os.path.isfile(file):
+            return _read(Path(file))
     return _read(_find(name, recipes))
 
 
@@ -57,7 +61,7 @@ def copy_config(name: str, file: str | Path, overwrite: bool = False) -> Path:
         RequestError: If there is no such recipe, or the file exists.
     """
     recipe = _find(name, _recipes())
-    target = Path(file).expanduser()
+    target = Path(os.path.expanduser(file))
     if target.is_dir():
         target = target / recipe.name
     if target.exists() and not overwrite:
@@ -92,17 +96,20 @@ def _find(name: str, recipes: Mapping[str, Path]) -> Path:
         wanted = wanted.removesuffix(suffix)
     if wanted in recipes:
         return recipes[wanted]
+    if os.path.isdir(os.path.expanduser(name)):
+        problem = Problem(
+            name, "is a directory without a config.yaml", "Name a run directory, a recipe or a YAML file."
+        )
+        raise RequestError(problem, hint=_LIST)
     matches = [full for full in recipes if full.rsplit("/", 1)[-1] == wanted]
     if len(matches) == 1:
         return recipes[matches[0]]
     if matches:
         problem = Problem(name, "names several recipes", f"Give one of: {', '.join(matches)}")
-        raise RequestError(problem, hint="See 'visionkd configs list'.")
+        raise RequestError(problem, hint=_LIST)
     tails = {full.rsplit("/", 1)[-1]: full for full in recipes}
     near = did_you_mean(wanted, [*recipes, *tails])
-    raise RequestError(
-        Problem(name, "is neither a recipe nor a file", near or None), hint="See 'visionkd configs list'."
-    )
+    raise RequestError(Problem(name, "is neither a recipe nor a file", near or None), hint=_LIST)
 
 
 def _read(file: Path) -> str:
