@@ -164,7 +164,12 @@ REQUESTS = [
             accelerator="cpu",
         ),
     ),
-    ("report r --baseline b --out f", "report", results.ReportResult(Path("f")), dict(run="r", baseline="b", out="f")),
+    (
+        "report r --baseline b --out f --overwrite",
+        "report",
+        results.ReportResult(Path("f")),
+        dict(run="r", baseline="b", out="f", overwrite=True),
+    ),
 ]
 
 
@@ -238,8 +243,10 @@ def test_json_has_no_nan(run, pretend) -> None:
 def test_predictions(run, pretend) -> None:
     workflow = Recorder(PREDICTION)
     pretend("predict", workflow)
-    outcome = run("predict", "m", "a.jpg", "b.jpg", "--save", "out", "--top-k", "2", "--accelerator", "cpu")
-    assert workflow.given == dict(model="m", images=("a.jpg", "b.jpg"), save="out", top_k=2, accelerator="cpu")
+    outcome = run(*"predict m a.jpg b.jpg --save out --top-k 2 --accelerator cpu --overwrite".split())
+    assert workflow.given == dict(
+        model="m", images=("a.jpg", "b.jpg"), save="out", top_k=2, accelerator="cpu", overwrite=True
+    )
     check_accepts("predict", workflow.given)
     assert "a.jpg: cat 75.0 %, dog 25.0 % -> out/a.jpg" in outcome.out.splitlines()
     assert "b.jpg was skipped: is truncated" in outcome.err

@@ -42,6 +42,15 @@ CASES = [
     (RuntimeError("Error: I/O error: No space left on device (os error 28)"), 1, ["no space left on the disk"]),
     (OSError(errno.EROFS, "Read-only file system", "runs"), 1, ["read-only: runs", "--out"]),
     (PermissionError(errno.EACCES, "Permission denied", "runs"), 1, ["permission denied: runs"]),
+    (
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "/proc/a"),
+        1,
+        ["no such file or directory: /proc/a"],
+    ),
+    (NotADirectoryError(errno.ENOTDIR, "Not a directory", "f/a"), 1, ["not a directory: f/a", "part of the path"]),
+    (IsADirectoryError(errno.EISDIR, "Is a directory", "a"), 1, ["is a directory: a", "path of a file"]),
+    (FileExistsError(errno.EEXIST, "File exists", "a"), 1, ["file exists: a", "another path"]),
+    (OSError(errno.ENAMETOOLONG, "File name too long", "a", None, "b"), 1, ["file name too long: a -> b", "--debug"]),
     (ModuleNotFoundError("No module named 'torch'", name="torch"), 2, ["'torch'", "pip install 'visionkd[train]'"]),
     (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 1, ["the GPU ran out of memory", "--batch-size"]),
     (MemoryError(), 1, ["the machine ran out of memory"]),
@@ -128,3 +137,14 @@ def test_ctrl_c_exits_with_130() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 130
     assert "stopped: interrupted" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_file_that_a_library_looked_for_is_not_blamed() -> None:
+    try:
+        try:
+            open("/nowhere/at/all", encoding="utf-8")
+        except FileNotFoundError:
+            raise KeyError("x")  # noqa: B904 - as a library would
+    except KeyError as error:
+        failure = explain(error)
+    assert failure.unexpected and "nowhere" not in failure.problems[0]

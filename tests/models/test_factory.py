@@ -48,6 +48,11 @@ def test_without_a_network_the_message_says_what_to_do_within_seconds(
         create_network(NetworkConfig(name=name), in_training=True)
     assert time.perf_counter() - start < 4.0
     text = str(raised.value)
+    rows = text[text.index("Choose one:") :].splitlines()[1:]
+    assert len({len(row) - len(row[2:].partition("  ")[2].lstrip()) for row in rows}) == 1, "the columns are aligned"
+    with pytest.raises(DownloadError) as untrained:
+        create_network(NetworkConfig(name=name), in_training=False)
+    assert "--no-pretrained" not in str(untrained.value), "eval, export and --baseline have no such option"
     assert "cannot be reached" in text and "--no-pretrained" in text and f"{name}@FILE" in text
     assert "HOME=" in text and raised.value.exit_code == 1
     assert capfd.readouterr() == ("", ""), "one message, and no retries printed beside it"
@@ -109,7 +114,10 @@ def test_img_size_reaches_the_positions_of_a_transformer() -> None:
     ("config", "words"),
     [
         ({"name": "test_vit", "img_size": 65}, ["test_vit", "65", "patch size"]),
-        ({"name": "test_resnet", "args": {"wrong": 1}}, ["test_resnet", "wrong"]),
+        ({"name": "test_resnet", "args": {"wrong": 1}}, ["args.wrong: 'test_resnet' has no such argument", "It has: "]),
+        ({"name": "cifar_resnet8", "args": {"widht": 2, "hieght": 3}}, ["args.widht", "'width'", "args.hieght"]),
+        ({"name": "test_vit", "args": {"drop_path_rat": 0.1}}, ["Did you mean 'drop_path_rate'"]),
+        ({"name": "torchvision/squeezenet1_1", "args": {"drop": 0.1}}, ["args.drop", "'dropout'"]),
         ({"name": "test_resnet", "args": {"num_classes": 3}}, ["num_classes", "the data decides"]),
         ({"name": "test_resnet", "args": {"in_chans": 1}}, ["in_chans=1", "RGB"]),
     ],

@@ -48,6 +48,10 @@ def test_every_alias_stands_for_a_network_and_hides_none() -> None:
         ("runs/nothing", ["no file or directory", "run directory"]),
         ("weights.pt", ["no file or directory"]),
         ("resnet18@nowhere.pt", ["no file 'nowhere.pt'"]),
+        ("", ["is empty"]),
+        ("a" * 5000, ["unknown network"]),
+        ("~nobody-here/a", ["no file or directory"]),
+        ("resnet18@~nobody-here/a", ["no file"]),
         ("qqqqqqqqq", ["unknown network", "vit_"]),
     ],
 )

@@ -52,6 +52,10 @@ def test_show_takes_files_and_runs(folder: Path, tmp_path: Path) -> None:
         ("cifar10_kdd", "Did you mean 'cifar10_kd'"),
         ("both", "classification/both, segmentation/both"),
         ("zzz", "neither"),
+        ("", "is empty"),
+        ("/", "is a directory without a config.yaml"),
+        ("z" * 5000, "neither"),
+        ("~nobody-here/a", "neither"),
     ],
 )
 def test_unknown_names(folder: Path, name: str, expected: str) -> None:

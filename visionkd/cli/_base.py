@@ -28,9 +28,8 @@ class _Collects:
     def process_value(self, ctx: click.Context, value: Any) -> Any:
         try:
             converted = super().process_value(ctx, value)  # type: ignore[misc]
-            if any(
-                isinstance(one, str) and not one.strip() for one in (value if isinstance(value, tuple) else [value])
-            ):
+            given = value if isinstance(value, (list, tuple)) else [value]
+            if any(isinstance(one, str) and not one.strip() for one in given):
                 raise click.BadParameter("is empty")
             return converted
         except click.BadParameter as error:

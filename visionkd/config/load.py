@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from typing import Any, TypeVar, get_args
@@ -10,7 +11,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from visionkd.config.plain import plain, read_value, read_yaml, shown
+from visionkd.config.plain import Dumper, plain, read_value, read_yaml, shown
 from visionkd.config.schema import DistillConfig, RunConfig, TrainConfig
 from visionkd.errors import Problem, RequestError, did_you_mean
 
@@ -84,7 +85,7 @@ def load_config(
 
 def dump_config(config: BaseModel) -> str:
     """Return ``config`` as YAML that :func:`load_config` reads back to an equal configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def build_options(schema: type, given: Mapping[str, Any]) -> Any:
@@ -231,11 +232,13 @@ def _nearest_key(key: str, known: Sequence[str]) -> str:
     elsewhere = [path for path in known if path.rsplit(".", 1)[-1] == name]
     if elsewhere:
         return f"Did you mean {' or '.join(repr(path) for path in elsewhere)}?"
-    near = did_you_mean(name, here)
-    if not near:
-        like = did_you_mean(name, {path.rsplit(".", 1)[-1] for path in known}, count=1)
-        near = next((f"Did you mean '{path}'?" for path in known if f"'{path.rsplit('.', 1)[-1]}'" in like), "")
-    return near or f"Allowed here: {', '.join(sorted(here))}"
+    if near := did_you_mean(name, here):
+        return near
+    like = difflib.get_close_matches(name.lower(), [path.rsplit(".", 1)[-1] for path in known], n=1, cutoff=0.8)
+    meant = [path for path in known if path.rsplit(".", 1)[-1] in like]
+    if meant:
+        return f"Did you mean {' or '.join(map(repr, meant))}?"
+    return f"Allowed here: {', '.join(sorted(here))}"
 
 
 def _schema_path(key: str) -> str:
@@ -246,7 +249,7 @@ def _schema_path(key: str) -> str:
 def _message(item: Any) -> str:
     text = item["msg"].removeprefix("Value error, ")
     if text.startswith("Input should be "):
-        return "must be " + text.removeprefix("Input should be ")
+        return "must be " + text.removeprefix("Input should be ").partition(", unable to parse")[0]
     return text[:1].lower() + text[1:]
 
 

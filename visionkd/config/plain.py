@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,10 @@ from visionkd.errors import Problem, RequestError
 MAX_DEPTH = 32
 MAX_VALUES = 100_000
 _MAX_SHOWN = 80
+# Stops early: a list whose items are aliases of one another can be longer in writing than any memory.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict, _SHORT.maxset = 5, 8, 8, 8, 8
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 2 * _MAX_SHOWN
 
 
 def read_yaml(text: str, where: str) -> dict[Any, Any]:
@@ -62,10 +67,22 @@ def plain(values: Mapping[Any, Any]) -> tuple[dict[str, Any], list[Problem]]:
 def shown(value: Any) -> str:
     """Return a value as a message shows it: short, whatever it is."""
     try:
-        text = repr(value)
+        text = _SHORT.repr(value)
     except (ValueError, RecursionError):  # thousands of digits
         return f"a very large {type(value).__name__}"
     return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
+
+
+class Dumper(yaml.SafeDumper):
+    """Quotes text with special characters, some of which PyYAML would write as line breaks and not read back."""
+
+
+def _text(dumper: Dumper, value: str) -> yaml.ScalarNode:
+    style = None if value.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+Dumper.add_representer(str, _text)
 
 
 class _Copier:

@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models import get_model_builder
 
 from visionkd.config.schema import NetworkConfig
-from visionkd.errors import Problem, RequestError, did_you_mean
+from visionkd.errors import Problem, did_you_mean
 from visionkd.models.names import Resolved, quiet_libraries, resolve_name
 
 _OWN = {
@@ -23,19 +23,17 @@ _OWN = {
 _TIMM = frozenset({"checkpoint_path", "feature_cfg", "output_stride", "pretrained_cfg", "scriptable"})
 
 
-def check_args(config: NetworkConfig) -> None:
-    """Refuse the arguments that are set elsewhere.
-
-    Raises:
-        RequestError: If there is one.
-    """
-    for name, reason in _OWN.items():
-        if name in config.args:
-            raise RequestError(f"args of '{config.name}' may not hold '{name}': {reason}")
+def misplaced_args(config: NetworkConfig) -> list[Problem]:
+    """Return the arguments of a network that are set elsewhere."""
+    found = [
+        Problem(f"args.{name}", f"is not for the arguments of '{config.name}': {reason}")
+        for name, reason in _OWN.items()
+        if name in config.args
+    ]
     if config.args.get("in_chans", 3) != 3:
-        raise RequestError(
-            f"'{config.name}': in_chans={config.args['in_chans']} is not supported; images are RGB, in_chans 3"
-        )
+        message = f"'{config.name}': in_chans={config.args['in_chans']} is not supported; images are RGB, in_chans 3"
+        found.append(Problem("args.in_chans", message))
+    return found
 
 
 def unknown_args(config: NetworkConfig, build: Callable[[Resolved], nn.Module]) -> list[Problem]:

@@ -74,13 +74,12 @@ def align_classes(
         if all(wnids) and num_outputs in _SUBSETS and count != num_outputs:
             model_classes = imagenet_classes(num_outputs)
         elif count == num_outputs:
-            note = f"the model's {counted(num_outputs, 'output')} have no names; they are taken in the order of the data's classes"
+            outputs = "output has no name" if num_outputs == 1 else f"{num_outputs} outputs have no names"
+            note = f"the model's {outputs}; the order of the data's classes is taken"
             return AlignResult(tuple(range(count)), note, identity=True)
         else:
-            return AlignResult(
-                None,
-                f"the model has {counted(num_outputs, 'output')} without names, and the data has {counted(count, 'class')}",
-            )
+            outputs, wanted = counted(num_outputs, "output"), counted(count, "class")
+            return AlignResult(None, f"the model has {outputs} without names, and the data has {wanted}")
     if list(model_classes) == list(data_classes):
         return AlignResult(tuple(range(count)), f"the model's {count} classes are the data's", identity=True)
     columns = _columns(list(model_classes), list(data_classes))

@@ -14,9 +14,9 @@ from torch import nn
 
 import visionkd.models.cifar_resnet  # noqa: F401  (registers its networks with timm)
 from visionkd.config.schema import NetworkConfig
-from visionkd.errors import DataError, RequestError, VisionKDError
+from visionkd.errors import DataError, Problem, RequestError, VisionKDError
 from visionkd.models import torchvision_zoo
-from visionkd.models.arguments import check_args, unknown_args
+from visionkd.models.arguments import misplaced_args, unknown_args
 from visionkd.models.classes import counted, imagenet_classes
 from visionkd.models.download import advice, hub_access, url_access
 from visionkd.models.names import Resolved, known_names, quiet_libraries, resolve_name
@@ -57,7 +57,8 @@ def create_network(
         if num_classes not in (None, len(classes)):
             raise ValueError(f"{len(classes)} class names for {num_classes} outputs")
         num_classes = len(classes)
-    check_args(config)
+    if problems := misplaced_args(config):
+        raise RequestError(problems)
     resolved = resolve_name(config.name)
     if resolved.source == "package":
         network, _ = load_packaged(resolved.path)
@@ -73,6 +74,27 @@ def create_network(
         _resize_input(network, config)
     _fit_head(network, num_classes, classes)
     return network.train(in_training)
+
+
+def args_problems(config: NetworkConfig) -> list[Problem]:
+    """Return which arguments of a network are wrong, by key; nothing is fetched or allocated to find out.
+
+    Raises:
+        RequestError: If the network's name is unknown.
+    """
+    resolved, problems = resolve_name(config.name), misplaced_args(config)
+    misplaced = {problem.key.removeprefix("args.") for problem in problems}
+    rest = {name: value for name, value in config.args.items() if name not in misplaced}
+    if not rest or resolved.source not in ("timm", "torchvision") or ":" in str(resolved.architecture):
+        return problems
+    try:
+        with quiet_libraries(), torch.device("meta"):
+            _bare(resolved.library, resolved.architecture, dict(rest))
+    except TypeError:
+        problems += unknown_args(NetworkConfig(name=config.name, args=rest), _default)
+    except Exception:  # a value it objects to; create_network says which
+        return problems
+    return problems
 
 
 def load_packaged(directory: str | os.PathLike[str]) -> tuple[Network, dict[str, Any]]:
@@ -270,6 +292,10 @@ def _bare(library: str, architecture: str, kwargs: dict[str, Any]) -> nn.Module:
     return torchvision_zoo.build(architecture, {**torchvision_zoo.fixed_args(architecture, False), **kwargs})
 
 
+def _default(resolved: Resolved) -> nn.Module:
+    return _bare(resolved.library, resolved.architecture, {})
+
+
 def _guarded(config: NetworkConfig, build: Any) -> Any:
     """Run ``build``; what a constructor objects to becomes a message about the request."""
     try:
@@ -278,8 +304,7 @@ def _guarded(config: NetworkConfig, build: Any) -> Any:
     except (VisionKDError, OSError):
         raise
     except TypeError as error:
-        problems = unknown_args(config, lambda found: _bare(found.library, found.architecture, {}))
-        if problems:
+        if problems := unknown_args(config, _default):
             raise RequestError(problems) from error
         raise RequestError(
             f"'{config.name}' does not take these arguments: {error}", hint=f"Given: args={config.args or '{}'}"

@@ -58,7 +58,8 @@ class Network(nn.Module):
         self.num_classes = int(self.model_args["num_classes"])
         self.classes = classes
         if classes is not None and len(classes) != self.num_classes:
-            raise WorkError(f"'{architecture}' has {counted(self.num_classes, 'output')}, but {counted(len(classes), 'class name')}")
+            outputs, names = counted(self.num_classes, "output"), counted(len(classes), "class name")
+            raise WorkError(f"'{architecture}' has {outputs}, but {names}")
         self.family: Family = family(net)
         self._embedding_dim: int | None = None
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from visionkd import registry
 from visionkd.config.load import load_config
-from visionkd.config.schema import RunConfig
+from visionkd.config.schema import NetworkConfig, RunConfig
 from visionkd.data.open import known_names as known_data
 from visionkd.errors import Problem, RequestError, did_you_mean
 from visionkd.workflows._rundir import read_run_config
@@ -115,6 +115,8 @@ def _wrong_names(values: Mapping[str, Any]) -> Iterator[Problem]:
             resolve_name(name)
         except RequestError as error:
             yield Problem(key, error.message, error.hint)
+        else:
+            yield from _wrong_args(values, key, name)
     method = values.get("method")
     if isinstance(method, str) and method not in ("auto", *(known := registry.names(METHODS))):
         hint = did_you_mean(method, ("auto", *known)) or f"Known: auto, {', '.join(known)}"
@@ -126,6 +128,19 @@ def _wrong_names(values: Mapping[str, Any]) -> Iterator[Problem]:
         )
         near = did_you_mean(path, known_data()) if os.sep not in path else ""
         yield Problem("data.path", message, near or "'visionkd data list' shows the known names.")
+
+
+def _wrong_args(values: Mapping[str, Any], key: str, name: str) -> Iterator[Problem]:
+    """Find out whether the network behind a name's key takes the arguments beside it."""
+    section, number = key.removesuffix(".name"), key.split(".")[1]
+    network = values[section.split(".")[0]]
+    args = network[int(number)].get("args") if isinstance(network, list) else network.get("args")
+    if not key.endswith(".name") or not isinstance(args, dict) or not args:
+        return
+    from visionkd.models.factory import args_problems  # needs torch
+
+    for problem in args_problems(NetworkConfig(name=name, args=args)):
+        yield replace(problem, key=f"{section}.{problem.key}")
 
 
 def _nested(overrides: Mapping[str, Any]) -> dict[str, Any]:
