@@ -329,3 +329,30 @@ def test_free_form_values_that_are_accepted_come_back_equal(args: Any, options: 
         "method": "other",
     }
     answer(DistillConfig, None, overrides=values)
+
+
+WORD = st.one_of(
+    st.text(max_size=8), st.sampled_from(["=", "<<", "~", "null", "1e3", "0o7", "1:30", "on", "\x85", "a: b"])
+)
+NETWORK = st.fixed_dictionaries(
+    {"name": WORD}, optional={"img_size": st.integers(1, 999), "precision": st.sampled_from([32, "16", "bf16"])}
+)
+OFTEN_RIGHT = st.fixed_dictionaries(
+    {"student": NETWORK.map(lambda one: {"name": one["name"]}), "teachers": st.lists(NETWORK, min_size=1, max_size=2)},
+    optional={
+        "optimizer": st.fixed_dictionaries({}, optional={"lr": st.floats(1e-300, 1e300), "betas": st.just([0, 1])}),
+        "training": st.fixed_dictionaries({}, optional={"epochs": st.integers(1, 10**12), "precision": st.just(16)}),
+        "data": st.fixed_dictionaries({"path": WORD}, optional={"val_split": WORD, "max_unreadable": st.just(1)}),
+        "export": st.just({"formats": ["onnx"]}),
+        "augment": st.fixed_dictionaries({}, optional={"scale": st.just([0.1, 1]), "mixup_alpha": st.floats(0, 1e308)}),
+    },
+)
+
+
+@fuzz
+@given(OFTEN_RIGHT)
+def test_what_a_recipe_may_hold_is_accepted_and_comes_back_equal(values: Any) -> None:
+    config = load_config(DistillConfig, overrides=values)
+    assert [teacher.name for teacher in config.teachers] == [one["name"] for one in values["teachers"]]
+    again = load_config(DistillConfig, text=dump_config(config))
+    assert again == config and dump_config(again) == dump_config(config)

@@ -14,6 +14,7 @@ from visionkd.config.schema import RunConfig
 from visionkd.data.mixing import batch_mixer
 from visionkd.methods._optimizer import Budget, build_optimizer, clips_scaled_gradients
 from visionkd.models.factory import Network
+from visionkd.models.fold import fold_batch_norm
 from visionkd.tasks.base import Task
 from visionkd.types import Output
 
@@ -65,6 +66,7 @@ class DistillationModule(lightning.LightningModule):
             self.ema = AveragedModel(
                 student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
             ).requires_grad_(False)
+        teachers = [fold_batch_norm(teacher.eval()) for teacher in teachers]
         for teacher in teachers:
             teacher.requires_grad_(False).eval().to(memory_format=self.memory_format)
         hidden = self.__dict__  # past nn.Module.__setattr__, which would register them as submodules
@@ -106,6 +108,11 @@ class DistillationModule(lightning.LightningModule):
         batch = dict(batch)
         self.unreadable = batch.pop("unreadable", None)  # stays on the CPU, where reading it costs nothing
         return batch
+
+    def transfer_batch_to_device(
+        self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Any]:
+        return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         image = batch["image"]
