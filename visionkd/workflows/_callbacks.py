@@ -102,7 +102,9 @@ class Checkpoints(Callback):
         if stop or due:
             self._save(trainer, pl_module, (trainer.current_epoch, done))
         if stop:
-            raise InterruptedRunError("Interrupted; a checkpoint was written.", hint="Continue with --resume.")
+            raise InterruptedRunError(
+                "Interrupted; a checkpoint was written.", hint=f"Continue with --resume --out {self.directory.parent}"
+            )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         score = pl_module.epoch_metrics.get(f"val/{pl_module.task.main_metric}", -math.inf)
@@ -115,7 +117,9 @@ class Checkpoints(Callback):
         if trainer.world_size > 1:
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if stop and trainer.current_epoch + 1 < (trainer.max_epochs or 0):
-            raise InterruptedRunError("Interrupted; a checkpoint was written.", hint="Continue with --resume.")
+            raise InterruptedRunError(
+                "Interrupted; a checkpoint was written.", hint=f"Continue with --resume --out {self.directory.parent}"
+            )
 
     def _save(self, trainer: Trainer, pl_module: DistillationModule, position: tuple[int, int]) -> None:
         if not all(bool(torch.isfinite(p).all()) for p in pl_module.parameters()):

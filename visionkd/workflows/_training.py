@@ -162,7 +162,7 @@ def fit(
                 hint=f"Try --batch-size {max(1, training.batch_size // 2)}, or -o training.accumulate=2.",
             ) from error
     if trainer.interrupted:
-        raise InterruptedRunError("Interrupted.", hint="Continue with --resume.")
+        raise InterruptedRunError("Interrupted.", hint=f"Continue with --resume --out {run.path}")
     best = checkpoints.best_path
     if training.keep == "best" and best.is_file() and trainer.is_global_zero:
         module.load_state_dict(AtomicCheckpointIO().load_checkpoint(best)["state_dict"])

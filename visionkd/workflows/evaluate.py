@@ -131,7 +131,12 @@ def data_config(data: str | None, *, run: Path | None, options: Sequence[str] = 
             kept["data"]["path"] = data
         text = yaml.safe_dump(kept)
     config = load_config(
-        RunConfig, text=text, where=f"{run}/config.yaml", overrides={"data.path": data}, options=options
+        RunConfig,
+        text=text,
+        where=f"{run}/config.yaml",
+        overrides={"data.path": data},
+        options=options,
+        spelled={"data.path": "--data"},
     )
     dump_config(config)
     return config

@@ -16,7 +16,7 @@ from visionkd.data.transforms import EvalTransform
 from visionkd.errors import Problem, RequestError
 from visionkd.export.onnx import export_onnx
 from visionkd.export.verify import Verification, verify_onnx
-from visionkd.files import write_text
+from visionkd.files import check_writable, write_text
 from visionkd.models.network import Network
 from visionkd.models.package_file import read_card
 from visionkd.runtime.session import is_model_file
@@ -74,6 +74,7 @@ def export(
         raise RequestError(
             f"{path} exists, and nothing is written over unasked.", hint="Give --overwrite, or another --out FILE."
         )
+    check_writable(path)
     source, columns = None, None
     if data is not None or run is not None:
         config = data_config(data, run=run)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from visionkd.errors import RequestError, UnreadableImageError
-from visionkd.files import replacing
+from visionkd.files import check_writable, replacing
 from visionkd.runtime.draw import draw_labels
 from visionkd.runtime.images import decode_rgb, find_images
 from visionkd.runtime.preprocess import preprocess, to_batch
@@ -57,6 +57,8 @@ def predict(
         loaded = load_network(model)
         classes = describe(loaded.classes) if loaded.classes is not None else None
     targets = _saved_names(files, Path(save), overwrite=overwrite) if save is not None else {}
+    if targets:
+        check_writable(next(iter(targets.values())))
     predictions: list[Prediction] = []
     skipped: list[tuple[str, str]] = []
     for first in range(0, len(files), _BATCH):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from visionkd.data.open import open_data
 from visionkd.errors import RequestError, VisionKDError
-from visionkd.files import write_text
+from visionkd.files import check_writable, write_text
 from visionkd.report.data import Curves, Evaluation, ExportRow, ModelRow, ReportData
 from visionkd.report.html import render_report
 from visionkd.types import Listener
@@ -61,6 +61,7 @@ def report(
         raise RequestError(
             f"{file} exists, and nothing is written over unasked.", hint="Give --overwrite, or another --out FILE."
         )
+    check_writable(file)
     config_text = (path / "config.yaml").read_text(encoding="utf-8")
     config = yaml.safe_load(config_text)
     evaluations = Evaluations.load(path / "evaluation.npz")
