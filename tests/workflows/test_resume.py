@@ -108,7 +108,7 @@ def test_interrupt_writes_a_checkpoint_and_exits_130(uninterrupted, teacher_run,
 
 def test_two_runs_in_one_folder(teacher_run, tmp_path):
     out = tmp_path / "shared"
-    first = start(out, "--teacher", str(teacher_run), *SETTINGS)
+    first = start(out, "--teacher", str(teacher_run), *SETTINGS, "--epochs", "1000")
     try:
         assert wait_until(first, lambda: status(out).get("state") == "running")
         second = start(out, "--resume")
