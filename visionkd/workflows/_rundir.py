@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -80,11 +80,18 @@ class RunDirectory:
 
     def wait_for(self, stage: str, *, timeout_s: float = 24 * 3600.0) -> None:
         """Wait, on other ranks, until rank 0 has finished a stage."""
+        self._wait(lambda: self.is_done(stage), f"the stage '{stage}'", timeout_s)
+
+    def wait_for_path(self, path: Path, *, timeout_s: float = 3600.0) -> None:
+        """Wait until rank 0 has made a file or directory."""
+        self._wait(path.exists, str(path), timeout_s)
+
+    def _wait(self, condition: Callable[[], bool], what: str, timeout_s: float) -> None:
         end = time.monotonic() + timeout_s
-        while not self.is_done(stage):
+        while not condition():
             state = self._status.get("state")
             if state in ("failed", "interrupted") or time.monotonic() > end:
-                raise WorkError(f"The process of rank 0 did not finish the stage '{stage}' (state: {state}).")
+                raise WorkError(f"The process of rank 0 did not finish {what} (state: {state}).")
             time.sleep(_WAIT_S)
             self._status = _read_json(self.path / "status.json") or self._status
 

@@ -51,6 +51,17 @@ def open_for_training(config: RunConfig, network: NetworkConfig) -> tuple[DataSe
     return data, created
 
 
+def data_text(config: RunConfig, data: DataSet) -> str:
+    """Say what will be trained on; the embedded scenes are what a run without ``--data`` takes."""
+    sizes = ", ".join(
+        f"{len(data.splits[split])} {word}" for split, word in (("train", "training"), ("val", "validation"))
+    )
+    text = f"Data: {data.name}, {sizes} images, {len(data.classes)} classes"
+    if config.data.path == "shapes":
+        text += f" (scenes of {config.data.shapes.size} pixels, drawn on the fly; --data DIR takes your own images)"
+    return text
+
+
 class Stages:
     """Runs each stage once, whatever happened to the process that ran it before."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 from visionkd import registry
 from visionkd.config.load import build_options
@@ -23,7 +24,7 @@ from visionkd.workflows._networks import (
 )
 from visionkd.workflows._request import AUTO_METHOD, METHODS, build_config, check_mode, command_line, shared_overrides
 from visionkd.workflows._rundir import RunDirectory, open_run
-from visionkd.workflows._stages import Stages, open_for_training, write_environment
+from visionkd.workflows._stages import Stages, data_text, open_for_training, write_environment
 from visionkd.workflows._training import budget_text, check_compute, fit, resolve_training, run_path
 from visionkd.workflows.results import RunResult
 
@@ -195,6 +196,7 @@ class _Distillation:
     def _say_choices(self, listener: Listener) -> None:
         config = self.config
         for text in (
+            data_text(config, self.data),
             *self.data.messages,
             *self.student.notes,
             *(note for teacher in self.teachers for note in teacher.notes),
@@ -207,7 +209,7 @@ class _Distillation:
 
     def _fit_teachers(self, run: RunDirectory, listener: Listener, stages: Stages) -> None:
         with stages.stage("fit_teacher", "Look at the teacher") as todo:
-            if not run.writes and todo:
+            if not run.writes and todo and self.config.fit_teacher.mode != "finetune":  # which all ranks do together
                 run.wait_for("fit_teacher")
             findings = []
             for number, (teacher, name) in enumerate(zip(self.teachers, self.names, strict=True)):
@@ -226,6 +228,7 @@ class _Distillation:
         directory = run.path / "teachers" / str(number)
         if not directory.is_dir():
             finetune_teacher(self.teachers[number], directory, number, self.data, self.config, run, listener)
+        run.wait_for_path(directory)
         self.teachers[number] = load_network(str(directory))
 
     def _distill(self, run: RunDirectory, listener: Listener, stages: Stages) -> Network:
@@ -253,7 +256,7 @@ class _Distillation:
 
 def finetune_teacher(
     teacher: Network,
-    directory,
+    directory: Path,
     number: int,
     data: DataSet,
     config: DistillConfig,

@@ -12,7 +12,7 @@ from visionkd.types import Listener
 from visionkd.workflows._networks import load_network
 from visionkd.workflows._request import build_config, check_mode, command_line, shared_overrides
 from visionkd.workflows._rundir import open_run
-from visionkd.workflows._stages import Stages, open_for_training, write_environment
+from visionkd.workflows._stages import Stages, data_text, open_for_training, write_environment
 from visionkd.workflows._training import budget_text, check_compute, fit, resolve_training, run_path
 from visionkd.workflows.results import RunResult
 
@@ -76,7 +76,7 @@ def train(
     with opened as (run, told):
         write_environment(run, command)
         stages = Stages(run, told, ["train", "package", "compare", *settings.export.formats, "report"], settings)
-        for text in (*dataset.messages, *network.notes):
+        for text in (data_text(settings, dataset), *dataset.messages, *network.notes):
             told.message(text)
         told.message(f"{network.architecture}: {budget_text(settings, dataset)}")
         with stages.stage("train", f"Train {network.architecture}") as todo:
