@@ -68,7 +68,7 @@ def evaluate(
         config.data.path, config=config.data, seed=config.data.split_seed, img_size=size, task=config.task
     )
     name, source = choose_split(dataset, split, trained_here=run is not None and data is None)
-    for text in dataset.messages:
+    for text in dataset.messages if name != "all" else (f"{dataset.name} has no splits: measured on all of it",):
         listener.message(text)
     if limit is not None and limit < len(source):
         source = SubsetSource(source, stratified_limit(targets_of(source), limit, config.data.split_seed))
