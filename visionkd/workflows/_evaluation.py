@@ -19,6 +19,9 @@ from visionkd.models.network import Network
 from visionkd.types import Listener, Progress, Source
 
 
+_FULL_VALUES = 10_000_000
+
+
 @dataclass(frozen=True)
 class Answers:
     """What a network said about a split.
@@ -97,7 +100,9 @@ class Evaluations:
         """Write ``evaluation.npz``, atomically."""
         buffer = io.BytesIO()
         names = np.frombuffer(json.dumps(self.names).encode(), np.uint8)  # an object array would need pickle
-        arrays = {f"{role}_probs": values.astype(np.float16) for role, values in self.probs.items()}
+        # half precision makes ties, so that a class or two changes: only where the file would be huge otherwise
+        precision = np.float32 if max(values.size for values in self.probs.values()) <= _FULL_VALUES else np.float16
+        arrays = {f"{role}_probs": values.astype(precision) for role, values in self.probs.items()}
         np.savez_compressed(buffer, targets=self.targets, indices=self.indices, names=names, **arrays)
         write_bytes(path, buffer.getvalue())
 
