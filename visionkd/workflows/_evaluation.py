@@ -18,7 +18,6 @@ from visionkd.files import write_bytes
 from visionkd.models.network import Network
 from visionkd.types import Listener, Progress, Source
 
-
 _FULL_VALUES = 10_000_000
 
 
