@@ -130,3 +130,18 @@ def test_damaged_checkpoint_is_refused_in_one_line(teacher_run, tmp_path):
     process = start(out, "--resume")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "cannot be read" in errors and "Traceback" not in errors
+
+
+def test_killed_between_package_and_comparison(teacher_run, tmp_path):
+    import shutil
+
+    out = tmp_path / "packaged"
+    shutil.copytree(teacher_run, out)
+    (out / "comparison.json").unlink()
+    state = status(out)
+    state["stages"] = {name: done for name, done in state["stages"].items() if name in ("train", "package")}
+    (out / "status.json").write_text(json.dumps(state | {"state": "running"}))
+    from visionkd import workflows
+
+    result = workflows.train(out=str(out), resume=True)
+    assert [row.values["role"] for row in result.table] == ["model"] and (out / "comparison.json").is_file()

@@ -58,7 +58,7 @@ def compare(
     data: DataSet,
     config: RunConfig,
     listener: Listener,
-    student_answers: Answers,
+    student_answers: Answers | None,
 ) -> tuple[MetricRow, ...]:
     """Put student, teachers and baseline side by side, and write ``evaluation.npz`` and ``comparison.json``."""
     source = data.splits["val"]
@@ -80,7 +80,7 @@ def compare(
         networks.append(("baseline", baseline))
 
     def run_one(role: str, network: Network) -> Answers:
-        if role == "student" and source is data.splits["val"]:
+        if role == "student" and student_answers is not None and source is data.splits["val"]:
             return student_answers
         return _answer(network, data, config, listener, source=source)
 
