@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -143,8 +143,3 @@ class MetricRow:
 
     model: str
     values: Mapping[str, float | str | None]
-
-
-def columns(rows: Sequence[MetricRow]) -> list[str]:
-    """Return the names of all values in ``rows``, in order of first appearance."""
-    return list(dict.fromkeys(name for row in rows for name in row.values))

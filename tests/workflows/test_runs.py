@@ -231,3 +231,58 @@ def test_every_value_is_resolved_in_the_config(teacher_run):
     config = yaml.safe_load((teacher_run / "config.yaml").read_text())
     assert config["optimizer"]["lr"] == pytest.approx(1e-3 * math.sqrt(32 / 256))
     assert config["augment"]["crop"] == "padded" and config["data"]["workers"] == 0
+
+
+def test_wholly_unreadable_validation_split_is_named(tmp_path):
+    from PIL import Image
+
+    for label in ("a", "b"):
+        for split in ("train", "val"):
+            (tmp_path / "data" / split / label).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (32, 32), (number * 9, 80, 160)).save(
+                tmp_path / "data" / "train" / label / f"{number}.png"
+            )
+        (tmp_path / "data" / "val" / label / "x.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    options = ("model.img_size=32", "data.workers=0")
+    with pytest.raises(DataError, match="No validation image"):
+        workflows.train(
+            model="cifar_resnet8",
+            pretrained=False,
+            data=str(tmp_path / "data"),
+            epochs=1,
+            batch_size=4,
+            options=options,
+            out=str(tmp_path / "run"),
+        )
+
+
+def test_compared_part_of_a_held_out_split_keeps_its_pictures(teacher_run, tmp_path, monkeypatch):
+    """Positions are those in the validation split, also where that is a part of the data itself."""
+    from visionkd.data.open import open_data
+    from visionkd.workflows import _finish
+    from visionkd.workflows.evaluate import data_config
+
+    monkeypatch.setattr(_finish, "_CPU_TEACHER_GMACS", 1e-9)  # the tiny teacher counts as huge
+    options = ("data.limit_val=120", "data.shapes.num_val=200", "report.enabled=false")
+    run = distill(teacher_run, tmp_path / "part", *options).run
+    monkeypatch.undo()
+    config = data_config(None, run=run)
+    val = open_data(config.data.path, config=config.data, seed=config.data.split_seed).splits["val"]
+    with np.load(run / "evaluation.npz") as arrays:
+        names = json.loads(arrays["names"].tobytes().decode())
+        assert len(names) == 80 < len(val) == 120
+        assert [val.name(int(index)) for index in arrays["indices"]] == names
+
+
+def test_best_checkpoint_survives_a_kill_before_it_was_linked(tmp_path):
+    from visionkd.workflows._callbacks import Checkpoints
+    from visionkd.workflows._rundir import RunDirectory
+
+    checkpoints = Checkpoints(RunDirectory(tmp_path, writes=True), tmp_path, every_s=0, check_every=1)
+    checkpoints.last_path.write_bytes(b"new best")
+    checkpoints.best_path.write_bytes(b"old best")
+    checkpoints.load_state_dict({"best": 50.0, "is_best": False})
+    assert checkpoints.best_path.read_bytes() == b"old best"
+    checkpoints.load_state_dict({"best": 50.0, "is_best": True})
+    assert checkpoints.best_path.read_bytes() == b"new best"

@@ -169,11 +169,19 @@ def _train(material: Material, schedule: _Schedule) -> None:
     with tempfile.TemporaryDirectory(prefix="bench_training_") as folder, _quiet_lightning():
         run = RunDirectory(Path(folder), writes=True)
         training = config.training
+        checkpoints = Checkpoints(
+            run, run.checkpoints, every_s=training.checkpoint_every_s, check_every=training.log_every
+        )
         metrics = Metrics(
-            run, RunListener(run, Listener()), stage="distill", file="metrics.csv", log_every=training.log_every,
-            max_unreadable=config.data.max_unreadable, num_train=material.pair.batch_size * len(schedule),
-        )  # fmt: skip
-        checkpoints = Checkpoints(run.checkpoints, every_s=training.checkpoint_every_s, check_every=training.log_every)
+            run,
+            RunListener(run, Listener()),
+            stage="distill",
+            file="metrics.csv",
+            log_every=training.log_every,
+            max_unreadable=config.data.max_unreadable,
+            num_train=material.pair.batch_size * len(schedule),
+            last_checkpoint=checkpoints.last_path,
+        )
         trainer = _trainer(config, run, epochs=1, callbacks=[metrics, checkpoints], stage="distill")
         loader = _Loader(schedule, material.batch())
         trainer.fit(material.module(config, steps=len(loader)), loader)

@@ -11,7 +11,7 @@ from visionkd.data.archive import open_archive
 from visionkd.data.folder import open_folder
 from visionkd.data.layout import Opened, fingerprint
 from visionkd.data.shapes import CLASSES, MAX_SIZE, MIN_SIZE, ShapesSource
-from visionkd.data.subset import SubsetSource, stratified_limit, stratified_split, targets_of
+from visionkd.data.subset import SubsetSource, stratified_split, stratified_subset, targets_of
 from visionkd.errors import Problem, RequestError, did_you_mean
 from visionkd.types import DataSet, Source
 
@@ -56,7 +56,7 @@ def open_data(
     for split, limit in (("train", config.limit_train), ("val", config.limit_val)):
         if limit is not None and split in splits and limit < len(splits[split]):
             source = splits[split]
-            splits[split] = SubsetSource(source, stratified_limit(targets_of(source), limit, seed))
+            splits[split] = stratified_subset(source, limit, seed=seed)
             messages.append(f"{split} is limited to {limit} of {len(source)} images, spread over the classes.")
             if limit < len(opened.classes):
                 messages.append(f"{limit} images cannot show all {len(opened.classes)} classes.")

@@ -93,3 +93,10 @@ def stratified_limit(targets: np.ndarray, limit: int, seed: int) -> np.ndarray:
         # Where the last round cannot serve every class, chance decides which ones go without, not the alphabet.
         tie[members] = rng.random()
     return np.sort(np.lexsort((tie, rank))[:limit])
+
+
+def stratified_subset(source: Source, limit: int, *, seed: int) -> Source:
+    """Return at most ``limit`` samples of a source, spread over its classes; the source itself where it has no more."""
+    if len(source) <= limit:
+        return source
+    return SubsetSource(source, stratified_limit(targets_of(source), limit, seed))

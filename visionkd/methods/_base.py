@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from visionkd.config.schema import RunConfig
 from visionkd.data.mixing import batch_mixer
+from visionkd.errors import DataError
 from visionkd.methods._optimizer import Budget, build_optimizer, clips_scaled_gradients
 from visionkd.models.factory import Network
 from visionkd.models.fold import fold_batch_norm
@@ -177,7 +178,11 @@ class DistillationModule(lightning.LightningModule):
         self._val_loss.append(torch.stack([loss * count, loss.new_tensor(float(count))]))
 
     def on_validation_epoch_end(self) -> None:
-        totals = self.all_gather(torch.stack(self._val_loss).sum(0)).view(-1, 2).sum(0)
+        # a rank whose share is empty or unreadable has nothing to add
+        own = torch.stack(self._val_loss).sum(0) if self._val_loss else torch.zeros(2, device=self.device)
+        totals = self.all_gather(own).view(-1, 2).sum(0)
+        if not totals[1]:
+            raise DataError("No validation image can be read.", hint="List them with 'visionkd data check DATA'.")
         found = {f"val/{name}": 100.0 * float(value) for name, value in self._val_metrics.compute().items()}
         found["val/loss"] = float(totals[0] / totals[1])
         self._val_metrics.reset()

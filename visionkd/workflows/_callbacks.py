@@ -49,11 +49,13 @@ class Checkpoints(Callback):
     A checkpoint is written only while all weights are finite, so ``last.ckpt`` is always one to go on from.
     """
 
-    def __init__(self, directory: Path, *, every_s: float, check_every: int) -> None:
+    def __init__(self, run: RunDirectory, directory: Path, *, every_s: float, check_every: int) -> None:
+        self.run = run
         self.directory = directory
         self.every_s = every_s
         self.check_every = check_every
         self.best = -math.inf
+        self._is_best = False
         self.stop_signal: int | None = None
         self._last_s = time.monotonic()
         self._old_handlers: dict[int, Any] = {}
@@ -67,10 +69,12 @@ class Checkpoints(Callback):
         return self.directory / "best.ckpt"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "is_best": self._is_best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
+        if state_dict["is_best"] and self.run.writes:  # the killed run may not have come to it
+            _link(self.last_path, self.best_path)
 
     def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -100,26 +104,28 @@ class Checkpoints(Callback):
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
             due = trainer.strategy.broadcast(due)
         if stop or due:
+            self._is_best = False
             self._save(trainer, pl_module, (trainer.current_epoch, done))
         if stop:
-            raise InterruptedRunError(
-                "Interrupted; a checkpoint was written.", hint=f"Continue with --resume --out {self.directory.parent}"
-            )
+            raise self._interrupted()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         score = pl_module.epoch_metrics.get(f"val/{pl_module.task.main_metric}", -math.inf)
-        is_best = score > self.best
+        self._is_best = score > self.best
         self.best = max(self.best, score)
         self._save(trainer, pl_module, (trainer.current_epoch + 1, 0))
-        if is_best and trainer.is_global_zero:
+        if self._is_best and trainer.is_global_zero:
             _link(self.last_path, self.best_path)
         stop = self.stop_signal is not None
         if trainer.world_size > 1:
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if stop and trainer.current_epoch + 1 < (trainer.max_epochs or 0):
-            raise InterruptedRunError(
-                "Interrupted; a checkpoint was written.", hint=f"Continue with --resume --out {self.directory.parent}"
-            )
+            raise self._interrupted()
+
+    def _interrupted(self) -> InterruptedRunError:
+        return InterruptedRunError(
+            "Interrupted; a checkpoint was written.", hint=f"Continue with --resume --out {self.run.path}"
+        )
 
     def _save(self, trainer: Trainer, pl_module: DistillationModule, position: tuple[int, int]) -> None:
         if not all(bool(torch.isfinite(p).all()) for p in pl_module.parameters()):
@@ -163,10 +169,12 @@ class Metrics(Callback):
         log_every: int,
         max_unreadable: float,
         num_train: int,
+        last_checkpoint: Path,
     ) -> None:
         self.run, self.listener, self.stage, self.log_every = run, listener, stage, log_every
         self.path = run.path / file
         self.max_unreadable, self.num_train = max_unreadable, num_train
+        self.last_checkpoint = last_checkpoint
         self.unreadable: set[int] = set()
         self.rows = read_metrics(self.path)
         self._latest: dict[str, float] = {}
@@ -225,7 +233,7 @@ class Metrics(Callback):
     def _take(self, trainer: Trainer, pl_module: DistillationModule) -> dict[str, float]:
         found = pl_module.take_train_metrics()
         if not math.isfinite(found.get("train/loss", 0.0)):
-            raise not_finite("The loss", trainer, self.run.checkpoints / "last.ckpt")
+            raise not_finite("The loss", trainer, self.last_checkpoint)
         found["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         self._latest.update(found)
         return found

@@ -46,13 +46,10 @@ def answer(
     device: torch.device,
     batch_size: int,
     workers: int,
-    dtype: torch.dtype | None = None,
-    listener: Listener | None = None,
-    stage: str = "evaluate",
+    listener: Listener,
 ) -> Answers:
     """Run a network over all of ``source``."""
     network.to(device).eval()
-    listener = listener or Listener()
     probs, targets, indices = [], [], []
     done, start = 0, time.perf_counter()
     for batch in eval_loader(source, EvalTransform(network.input), batch_size=batch_size, workers=workers):
@@ -60,14 +57,12 @@ def answer(
         if not count:
             continue
         image = batch["image"].to(device, non_blocking=True).float().div_(255.0)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            logits = network(image).logits
-        probs.append(logits.float().softmax(1).cpu())
+        probs.append(network(image).logits.softmax(1).cpu())
         targets.append(batch["target"])
         indices.append(batch["index"])
         done += count
         rate = done / (time.perf_counter() - start)
-        listener.progress(Progress(stage, done, len(source), images_per_s=rate, eta_s=(len(source) - done) / rate))
+        listener.progress(Progress("evaluate", done, len(source), images_per_s=rate, eta_s=(len(source) - done) / rate))
     if not probs:
         shape = (0, network.num_classes)
         empty = np.zeros(0, np.int64)
@@ -119,7 +114,7 @@ class Evaluations:
 
 def evaluate_together(
     networks: Sequence[tuple[str, Network]], source: Source, *, run_one: Callable[[str, Network], Answers]
-) -> tuple[Evaluations, dict[str, Answers]]:
+) -> Evaluations:
     """Run several networks over one split and keep the samples that all of them could read."""
     answers = {role: run_one(role, network) for role, network in networks}
     common = np.asarray(
@@ -128,4 +123,4 @@ def evaluate_together(
     probs = {role: found.probs[np.searchsorted(found.indices, common)] for role, found in answers.items()}
     first = next(iter(answers.values()))
     targets = first.targets[np.searchsorted(first.indices, common)]
-    return Evaluations(probs, targets, common, tuple(source.name(int(index)) for index in common)), answers
+    return Evaluations(probs, targets, common, tuple(source.name(int(index)) for index in common))

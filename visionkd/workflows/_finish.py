@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ from visionkd.benchmark.complexity import measure_complexity
 from visionkd.benchmark.latency import measure
 from visionkd.benchmark.torch_runner import torch_runner
 from visionkd.config.schema import RunConfig
+from visionkd.data.subset import SubsetSource, stratified_limit, targets_of
 from visionkd.errors import WorkError
 from visionkd.files import write_text
 from visionkd.hub.package import save_package
 from visionkd.models.network import Network
 from visionkd.runtime.metrics import classification_metrics
 from visionkd.types import DataSet, Listener, MetricRow
-from visionkd.workflows._evaluation import Answers, Evaluations, answer, evaluate_together
-from visionkd.workflows._networks import load_network, stratified_subset
+from visionkd.workflows._evaluation import Answers, answer, evaluate_together
+from visionkd.workflows._networks import load_network
 from visionkd.workflows._rundir import RunDirectory
 from visionkd.workflows._training import torch_device
 
@@ -61,16 +63,15 @@ def compare(
     student_answers: Answers | None,
 ) -> tuple[MetricRow, ...]:
     """Put student, teachers and baseline side by side, and write ``evaluation.npz`` and ``comparison.json``."""
-    source = data.splits["val"]
+    source = val = data.splits["val"]
     gpu = torch_device(config.compute).type != "cpu"
     heavy = sum(measure_complexity(teacher).macs_g for _, teacher in teachers) * len(source)
     if not gpu and heavy > _CPU_TEACHER_GMACS:
         count = max(10 * len(data.classes), int(len(source) * _CPU_TEACHER_GMACS / heavy))
-        source = stratified_subset(source, count, seed=config.training.seed)
-        if len(source) < len(data.splits["val"]):
-            listener.message(
-                f"The comparison with the teacher is on {len(source)} of {len(data.splits['val'])} validation images"
-            )
+        positions = stratified_limit(targets_of(val), count, config.data.split_seed)
+        if len(positions) < len(val):
+            source = SubsetSource(val, positions)
+            listener.message(f"The comparison with the teacher is on {len(source)} of {len(val)} validation images")
     networks: list[tuple[str, Network]] = [
         ("student", student),
         *(("teacher" + str(n), t) for n, (_, t) in enumerate(teachers)),
@@ -80,11 +81,11 @@ def compare(
         networks.append(("baseline", baseline))
 
     def run_one(role: str, network: Network) -> Answers:
-        if role == "student" and student_answers is not None and source is data.splits["val"]:
+        if role == "student" and student_answers is not None and source is val:
             return student_answers
         return _answer(network, data, config, listener, source=source)
 
-    evaluations, _ = evaluate_together(networks, source, run_one=run_one)
+    evaluations = evaluate_together(networks, source, run_one=run_one)
     rows = []
     latencies = measure([torch_runner(network, name=role) for role, network in networks], rounds=_LATENCY_ROUNDS)
     names = {"student": student.architecture, "baseline": f"{student.architecture} alone"}
@@ -104,10 +105,8 @@ def compare(
     teacher_probs = [evaluations.probs.pop(role) for role, _ in networks if role.startswith("teacher")]
     if teacher_probs:
         evaluations.probs["teacher"] = sum(teacher_probs[1:], teacher_probs[0]) / len(teacher_probs)
-    if source is not data.splits["val"]:
-        evaluations = Evaluations(
-            evaluations.probs, evaluations.targets, source.indices[evaluations.indices], evaluations.names
-        )
+    if source is not val:
+        evaluations = replace(evaluations, indices=positions[evaluations.indices])
     evaluations.save(run.path / "evaluation.npz")
     content = {"num_images": len(evaluations.targets), "rows": [{"model": row.model, **row.values} for row in rows]}
     write_text(run.path / "comparison.json", json.dumps(content, indent=2) + "\n")

@@ -13,7 +13,7 @@ from torch import Tensor
 from visionkd.benchmark.complexity import measure_complexity
 from visionkd.config.schema import DistillConfig, NetworkConfig
 from visionkd.data.loader import eval_loader
-from visionkd.data.subset import SubsetSource, stratified_limit, targets_of
+from visionkd.data.subset import stratified_subset
 from visionkd.data.transforms import EvalTransform
 from visionkd.errors import Problem, RequestError, WorkError
 from visionkd.files import write_bytes
@@ -62,13 +62,6 @@ def seed_of(seed: int, role: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{role}".encode()).digest()[:7], "big")
 
 
-def stratified_subset(source: Source, limit: int, *, seed: int) -> Source:
-    """Return at most ``limit`` samples of a source, spread over its classes."""
-    if len(source) <= limit:
-        return source
-    return SubsetSource(source, stratified_limit(targets_of(source), limit, seed))
-
-
 def image_batches(
     source: Source, network: Network, *, batch_size: int, workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -83,7 +76,7 @@ def look_at_teacher(
 ) -> Preflight:
     """Run the pre-flight on validation images, for some seconds at most, and say what was found."""
     source = stratified_subset(data.splits["val"], _PREFLIGHT_IMAGES, seed=config.data.split_seed)
-    start, seconds_per_image = time.perf_counter(), 0.0
+    start = time.perf_counter()
 
     def limited() -> Iterator[tuple[Tensor, Tensor]]:
         for number, batch in enumerate(image_batches(source, teacher, batch_size=16, workers=0)):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import visionkd
+from visionkd.benchmark.record import processor
 from visionkd.config.schema import NetworkConfig, RunConfig
 from visionkd.data.open import open_data
 from visionkd.errors import DataError
@@ -37,9 +38,8 @@ def open_for_training(config: RunConfig, network: NetworkConfig) -> tuple[DataSe
     """
     data = open_data(config.data.path, config=config.data, seed=config.data.split_seed, task=config.task)
     created = seeded_network(network, data=data, seed=config.training.seed, role="student")
-    if (
-        config.data.path == "shapes" and config.data.shapes.size is None
-    ):  # scenes are drawn at the size that is looked at
+    if config.data.path == "shapes" and config.data.shapes.size is None:
+        # scenes are drawn at the size that is looked at
         config.data.shapes.size = min(640, max(32, *created.input.img_size))
         data = open_data(config.data.path, config=config.data, seed=config.data.split_seed, task=config.task)
     for split in ("train", "val"):
@@ -142,7 +142,7 @@ def write_environment(run: RunDirectory, command: str) -> None:
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
@@ -167,11 +167,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip()
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -137,7 +137,7 @@ def fit(
     training, epochs = config.training, epochs or config.training.epochs
     main = stage in ("train", "distill")
     directory = run.checkpoints if main else run.checkpoints / stage
-    checkpoints = Checkpoints(directory, every_s=training.checkpoint_every_s, check_every=training.log_every)
+    checkpoints = Checkpoints(run, directory, every_s=training.checkpoint_every_s, check_every=training.log_every)
     metrics = Metrics(
         run,
         listener,
@@ -146,6 +146,7 @@ def fit(
         log_every=training.log_every,
         max_unreadable=config.data.max_unreadable,
         num_train=len(data.splits["train"]),
+        last_checkpoint=checkpoints.last_path,
     )
     with _quiet_lightning():
         trainer = _trainer(config, run, epochs=epochs, callbacks=[metrics, checkpoints], stage=stage)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import visionkd
+from visionkd.benchmark.record import processor
 
 Status = Literal["ok", "missing", "broken"]
 _GB = 1e9
@@ -151,13 +152,11 @@ def _processor() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return platform.processor() or platform.machine()
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+        return processor()
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     known = {"avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm"}
     found = sorted(known.intersection(flags.group(1).split())) if flags else []
-    name = model.group(1).strip() if model else platform.machine()
-    return f"{name} ({', '.join(found)})" if found else name
+    return f"{processor()} ({', '.join(found)})" if found else processor()
 
 
 def _places() -> Iterator[DoctorRow]:

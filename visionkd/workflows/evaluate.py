@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from visionkd.config.load import dump_config, load_config
+from visionkd.config.load import load_config
 from visionkd.config.schema import RunConfig
 from visionkd.data.open import open_data
-from visionkd.data.subset import SubsetSource, stratified_limit, targets_of
+from visionkd.data.subset import stratified_subset, targets_of
 from visionkd.errors import DataError, Problem, RequestError, UnreadableImageError, did_you_mean
 from visionkd.runtime.metrics import classification_metrics, per_class_accuracy
 from visionkd.runtime.session import Session, is_model_file, open_session
@@ -70,8 +70,8 @@ def evaluate(
     name, source = choose_split(dataset, split, trained_here=run is not None and data is None)
     for text in dataset.messages if name != "all" else (f"{dataset.name} has no splits: measured on all of it",):
         listener.message(text)
-    if limit is not None and limit < len(source):
-        source = SubsetSource(source, stratified_limit(targets_of(source), limit, config.data.split_seed))
+    if limit is not None:
+        source = stratified_subset(source, limit, seed=config.data.split_seed)
     columns, note = match_classes(loaded.classes, dataset.classes, _num_outputs(loaded), model)
     if note:
         listener.message(note)
@@ -87,9 +87,7 @@ def evaluate(
         )
     if columns is not None:
         probs = probs[:, list(columns)]
-        probs = probs / np.maximum(
-            probs.sum(1, keepdims=True), 1e-12
-        )  # what the model says given that it is one of these classes
+        probs = probs / np.maximum(probs.sum(1, keepdims=True), 1e-12)  # given that it is one of these classes
     targets = targets_of(source)[kept]
     by_class = per_class_accuracy(probs, targets)
     return EvalResult(
@@ -126,11 +124,11 @@ def data_config(data: str | None, *, run: Path | None, options: Sequence[str] = 
     text = None
     if run is not None:
         known = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
-        kept = {"data": known.get("data", {}), "training": {"seed": known.get("training", {}).get("seed", 0)}}
+        kept = {"data": known.get("data", {})}
         if data is not None:
             kept["data"]["path"] = data
         text = yaml.safe_dump(kept)
-    config = load_config(
+    return load_config(
         RunConfig,
         text=text,
         where=f"{run}/config.yaml",
@@ -138,8 +136,6 @@ def data_config(data: str | None, *, run: Path | None, options: Sequence[str] = 
         options=options,
         spelled={"data.path": "--data"},
     )
-    dump_config(config)
-    return config
 
 
 def choose_split(data: DataSet, split: str | None, *, trained_here: bool) -> tuple[str, Source]:

@@ -12,6 +12,7 @@ import torch
 from visionkd.benchmark.latency import measure, ort_runner
 from visionkd.data.loader import eval_loader
 from visionkd.data.open import open_data
+from visionkd.data.subset import stratified_subset
 from visionkd.data.transforms import EvalTransform
 from visionkd.errors import Problem, RequestError
 from visionkd.export.onnx import export_onnx
@@ -21,7 +22,7 @@ from visionkd.models.network import Network
 from visionkd.models.package_file import read_card
 from visionkd.runtime.session import is_model_file
 from visionkd.types import DataSet, Listener, Source
-from visionkd.workflows._networks import load_network, stratified_subset
+from visionkd.workflows._networks import load_network
 from visionkd.workflows.evaluate import choose_split, data_config, match_classes, run_of
 from visionkd.workflows.results import ExportResult
 
