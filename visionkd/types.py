@@ -53,11 +53,13 @@ class Output:
         logits: B x C for classification, before softmax.
         features: Maps, B x C x H x W each, from the shallowest stage to the deepest.
         tokens: B x N x D for a transformer, prefix tokens included.
+        probs: B x C class probabilities, where a label store stands for the teachers and there are no logits.
     """
 
     logits: Tensor | None = None
     features: tuple[Tensor, ...] = ()
     tokens: Tensor | None = None
+    probs: Tensor | None = None
 
 
 class Source(Protocol):

@@ -70,6 +70,9 @@ class DataConfig(Strict):
         max_unreadable: Share of unreadable training images above which the run stops.
         limit_train: Use at most so many training images, spread over the classes.
         limit_val: Use at most so many validation images, spread over the classes.
+        unlabeled: Directory of images to train on beside the labelled ones, for methods that use no labels.
+        unlabeled_per_class: Keep so many unlabelled images of each class, those that the teacher is surest of.
+        near_duplicates: What to do with unlabelled images that show what a validation image or a labelled one shows.
     """
 
     path: str = "shapes"
@@ -81,7 +84,78 @@ class DataConfig(Strict):
     max_unreadable: Fraction = 0.01
     limit_train: Positive | None = None
     limit_val: Positive | None = None
+    unlabeled: str | None = None
+    unlabeled_per_class: Positive | None = None
+    near_duplicates: Literal["remove", "keep"] = "remove"
     shapes: ShapesConfig = ShapesConfig()
+
+
+class HardAugmentConfig(Strict):
+    """HARD's learned augmentation: an augmentor that seeks images on which student and teacher disagree.
+
+    Attributes:
+        augmentors: Applied one after the other: ``affine`` (a learned distribution of 2 x 3 matrices), ``color``, ``mix``
+            (learned weights of existing augmentations), ``vdvae`` (edits in the latents of a small autoencoder).
+        affine: ``full`` matrices, or only their ``translation``.
+        batch: ``split`` augments a part of each batch's images, ``both`` shows every image clean and augmented, which
+            costs twice as much.
+        share: Part of the student's loss that comes from augmented images, and of a split batch that is augmented.
+        disagreement_weight: lambda_s: how much the augmentor wants student and teacher to disagree.
+        consistency_weight: lambda_t: how much it wants the teacher's answer to stay what it was.
+        upper: The augmentor's turn begins when the student agrees with the teacher on augmented images at least so
+            often, as a share of how often it does on clean ones.
+        lower: It ends when the student agrees less often than so.
+        decay: Of the running averages of both agreements.
+        max_steps: Most steps of one turn of the augmentor.
+        max_step_share: Most steps of the augmentor as a share of all; the rest are the student's.
+        warmup: Share of the training, at its beginning, in which nothing is augmented.
+        cooldown: Share of the training, at its end, in which the augmentor no longer learns.
+        lr: Learning rate of the augmentor.
+        clip_grad_norm: Largest norm of its gradient.
+        std: Standard deviations that the learned distributions of ``affine`` and ``color`` begin with.
+        max_std: Largest standard deviation they may learn.
+        max_shift: Largest shift of an image, where 2 is its whole width or height.
+        vae_steps: Steps in which the autoencoder of ``vdvae`` is trained, at the beginning of the run.
+        vae_file: Autoencoder of an earlier run (``augmentations/vdvae.safetensors``) to take instead.
+        vae_blocks: First of its six decoder blocks whose posterior is edited, and the first one beyond these.
+    """
+
+    augmentors: Annotated[tuple[Literal["affine", "color", "mix", "vdvae"], ...], Field(min_length=1)] = (
+        "affine",
+        "color",
+    )
+    affine: Literal["full", "translation"] = "full"
+    batch: Literal["split", "both"] = "split"
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    disagreement_weight: NonNegative = 1.0
+    consistency_weight: NonNegative = 1.0
+    upper: Annotated[float, Field(gt=0.0)] = 0.9
+    lower: Annotated[float, Field(ge=0.0)] = 0.7
+    decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    max_steps: Positive = 100
+    max_step_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
+    warmup: Fraction = 0.1
+    cooldown: Fraction = 0.1
+    lr: Annotated[float, Field(gt=0.0)] = 0.01
+    clip_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    std: Annotated[float, Field(gt=0.0)] = 0.02
+    max_std: Annotated[float, Field(gt=0.0)] = 0.3
+    max_shift: Annotated[float, Field(gt=0.0, le=2.0)] = 0.5
+    vae_steps: Positive = 300
+    vae_file: str | None = None
+    vae_blocks: tuple[Annotated[int, Field(ge=0, le=6)], Annotated[int, Field(ge=0, le=6)]] = (2, 6)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> HardAugmentConfig:
+        if self.lower >= self.upper:
+            raise ValueError(f"lower ({self.lower:g}) must lie below upper ({self.upper:g}), or the turns would flicker")
+        if self.warmup + self.cooldown >= 1.0:
+            raise ValueError("warmup and cooldown leave the augmentor no time to learn")
+        if self.std > self.max_std:
+            raise ValueError(f"std ({self.std:g}) is above max_std ({self.max_std:g})")
+        if self.vae_blocks[0] >= self.vae_blocks[1]:
+            raise ValueError("vae_blocks takes the first block and the one beyond the last, in this order")
+        return self
 
 
 class AugmentConfig(Strict):
@@ -99,6 +173,8 @@ class AugmentConfig(Strict):
         random_erasing: Probability of erasing a rectangle.
         mixup_alpha: Beta parameter of mixup; 0 is off.
         cutmix_alpha: Beta parameter of CutMix; 0 is off. With both on, each batch takes one of the two.
+        learned: ``hard`` trains an augmentor against the student, beside the views above.
+        hard: Its settings.
     """
 
     crop: Literal["resized", "padded", "none"] | None = None
@@ -111,6 +187,8 @@ class AugmentConfig(Strict):
     random_erasing: Fraction = 0.0
     mixup_alpha: NonNegative = 0.0
     cutmix_alpha: NonNegative = 0.0
+    learned: Literal["hard"] | None = None
+    hard: HardAugmentConfig = HardAugmentConfig()
 
     @model_validator(mode="after")
     def _scale_in_order(self) -> AugmentConfig:
@@ -137,11 +215,23 @@ class OptimizerConfig(Strict):
 
 
 class ScheduleConfig(Strict):
-    """Learning-rate schedule, stepped after each optimiser step."""
+    """Learning-rate schedule, stepped after each optimiser step.
 
-    name: Literal["cosine", "constant"] = "cosine"
+    Attributes:
+        milestones: Epochs after which ``step`` multiplies the rate by ``gamma``.
+    """
+
+    name: Literal["cosine", "constant", "step"] = "cosine"
     warmup_epochs: NonNegative = 1.0
     min_lr_ratio: Fraction = 0.0
+    milestones: tuple[Positive, ...] = ()
+    gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+
+    @model_validator(mode="after")
+    def _milestones_for_step(self) -> ScheduleConfig:
+        if (self.name == "step") != bool(self.milestones):
+            raise ValueError("milestones go with the schedule 'step', which needs them")
+        return self
 
 
 class TrainingConfig(Strict):
@@ -207,6 +297,40 @@ class FitTeacherConfig(Strict):
     max_images: Positive | None = None
 
 
+class LabelStoreConfig(Strict):
+    """Teachers' probabilities that are kept on disk, so that a teacher sees each view of an image once.
+
+    Attributes:
+        mode: ``on`` or ``off``; ``auto`` keeps them where the method allows it and this run gets something out of it.
+        views: Different views of each image, taken in turn; None decides from the number of epochs.
+        view_seed: Seed of the views. Runs with the same one share a store, whatever their own seeds are.
+        storage: ``full`` keeps all classes exactly, ``top_k`` the most probable ones in half precision; ``auto`` keeps
+            all of up to 100 classes.
+        top_k: Classes that ``top_k`` keeps.
+        rest: What becomes of the other classes' probability: spread over them, or none of it (``renormalize``).
+        views_per_image: Views that are taken from each image loaded; more than one saves decoding.
+        ahead: Fill the store before the training, rather than during its first passes.
+        path: Directory of the store; None takes one in the cache directory that belongs to what is stored.
+    """
+
+    mode: Literal["auto", "on", "off"] = "auto"
+    views: Positive | None = None
+    view_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    storage: Literal["auto", "full", "top_k"] = "auto"
+    top_k: Positive = 10
+    rest: Literal["uniform", "renormalize"] = "uniform"
+    views_per_image: Positive = 1
+    ahead: bool = False
+    path: str | None = None
+
+
+class LossConfig(Strict):
+    """One method's part in a combination: the weight of its terms and its options."""
+
+    weight: NonNegative = 1.0
+    options: dict[str, Any] = {}
+
+
 class ExportConfig(Strict):
     """Formats to export at the end of the run, and how many validation images each export is checked on."""
 
@@ -247,10 +371,13 @@ class DistillConfig(RunConfig):
     Attributes:
         method: File name in ``visionkd/methods``, or ``auto``.
         options: The method's own options, checked against its frozen dataclass.
+        losses: Methods whose terms are added up, with weights, in place of one method; ``task_loss`` weighs the labels.
     """
 
     student: NetworkConfig
     teachers: Annotated[list[TeacherConfig], Field(min_length=1)]
     method: str = "auto"
     options: dict[str, Any] = {}
+    losses: dict[str, LossConfig] = {}
     fit_teacher: FitTeacherConfig = FitTeacherConfig()
+    label_store: LabelStoreConfig = LabelStoreConfig()

@@ -52,6 +52,31 @@ def _to_tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(array, order="C")).permute(2, 0, 1)
 
 
+def resized_crop(
+    image: Image.Image, box: tuple[int, int, int, int], *, img_size: tuple[int, int], resample: Image.Resampling
+) -> Image.Image:
+    """Cut out a part and resize it; nothing outside of the part takes part in the resampling.
+
+    Args:
+        image: RGB image.
+        box: Left, top, width and height in pixels.
+        img_size: Height and width of the result.
+        resample: Filter.
+    """
+    left, top, width, height = box
+    part = image.crop((left, top, left + width, top + height))
+    return part.resize((img_size[1], img_size[0]), resample)
+
+
+def pixel_box(fractions: tuple[float, float, float, float], *, height: int, width: int) -> tuple[int, int, int, int]:
+    """Return left, top, width and height in pixels of a box whose top, left, height and width are shares of an image.
+
+    FKD stores its views in this form (Shen and Xing, ECCV 2022, arXiv 2112.01528).
+    """
+    top, left, box_height, box_width = fractions
+    return round(left * width), round(top * height), round(box_width * width), round(box_height * height)
+
+
 class TrainTransform:
     """The random view of a training image: crop, flip, RandAugment, colour jitter, erasing, in this order.
 
@@ -113,10 +138,8 @@ class TrainTransform:
 
     def _resized(self, image: Image.Image | Tensor) -> np.ndarray:
         height, width = _size_of(image)
-        left, top, crop_width, crop_height = _random_box(height, width, self.scale)
-        out_height, out_width = self.img_size
-        box = (left, top, left + crop_width, top + crop_height)
-        return np.asarray(to_pil(image).resize((out_width, out_height), self.resample, box=box))
+        box = _random_box(height, width, self.scale)
+        return np.asarray(resized_crop(to_pil(image), box, img_size=self.img_size, resample=self.resample))
 
     def _shifted(self, image: Image.Image | Tensor, across: float, down: float) -> np.ndarray:
         """Resize until the image covers the output, then take a window, at random where there is padding."""

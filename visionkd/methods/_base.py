@@ -1,9 +1,10 @@
-"""The Lightning module behind every method, and behind supervised training."""
+"""The Lightning module behind every method, and behind supervised training; :mod:`._hooks` lists what they override."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any
 
 import lightning
 import torch
@@ -13,9 +14,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from visionkd.config.schema import RunConfig
 from visionkd.data.mixing import batch_mixer
 from visionkd.errors import DataError
+from visionkd.losses.distillation import average_probabilities
+from visionkd.methods._hooks import Hooks
 from visionkd.methods._optimizer import Budget, build_optimizer, clips_scaled_gradients
+from visionkd.methods._stored import StoredTeachers
+from visionkd.methods._sums import RunningMeans
 from visionkd.models.factory import Network
-from visionkd.models.fold import fold_batch_norm
+from visionkd.models.features import extract
 from visionkd.tasks.base import Task
 from visionkd.types import Output
 
@@ -23,7 +28,7 @@ _MEMORY_FORMATS = {True: torch.channels_last, False: torch.contiguous_format}
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "16": torch.float16}
 
 
-class DistillationModule(lightning.LightningModule):
+class DistillationModule(Hooks, lightning.LightningModule):
     """Student, optimiser, averaged weights and metrics; a method adds modules and named loss terms.
 
     The teachers are no submodules: they are frozen, always in eval mode, never in a checkpoint, and no wrapper (DDP,
@@ -38,13 +43,6 @@ class DistillationModule(lightning.LightningModule):
         options: The method's frozen options.
         budget: Length of the training.
     """
-
-    #: Tasks that the method supports.
-    tasks: ClassVar[frozenset[str]] = frozenset({"classification"})
-    #: What it needs of each teacher: ``probabilities``, ``features``, ``gradients``.
-    needs: ClassVar[frozenset[str]] = frozenset({"probabilities"})
-    #: Its frozen options dataclass.
-    Options: ClassVar[type]
 
     def __init__(
         self,
@@ -67,18 +65,21 @@ class DistillationModule(lightning.LightningModule):
             self.ema = AveragedModel(
                 student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
             ).requires_grad_(False)
-        teachers = [fold_batch_norm(teacher.eval()) for teacher in teachers]
+        teachers = [self.prepare_teacher(teacher) for teacher in teachers]
         for teacher in teachers:
-            teacher.requires_grad_(False).eval().to(memory_format=self.memory_format)
+            teacher.requires_grad_(False).to(memory_format=self.memory_format)
         hidden = self.__dict__  # past nn.Module.__setattr__, which would register them as submodules
-        hidden["teachers"] = tuple(teachers)
+        hidden["teachers"], hidden["_teachers_at"] = tuple(teachers), None
         given = [teacher.precision for teacher in getattr(config, "teachers", ())][: len(teachers)]
         hidden["teacher_precisions"] = tuple(precision or config.training.precision for precision in given)
-        hidden["_student_forward"] = torch.compile(student) if config.training.compile else student
+        stages = tuple(self.student_stages())
+        forward: Callable[[Tensor], Output] = partial(extract, student, indices=stages) if stages else student
+        hidden["_student_forward"] = torch.compile(forward) if config.training.compile else forward
         hidden["_teacher_forwards"] = [torch.compile(t) if config.training.compile else t for t in teachers]
         self._mixer = batch_mixer(config.augment, num_classes=student.num_classes)
-        self._train_sums: dict[str, Tensor] = {}
-        self._train_count = 0
+        self._train_means = RunningMeans()
+        #: Stands for the teachers where their answers are kept on disk.
+        self.stored: StoredTeachers | None = None
         self._val_metrics = task.metrics()
         self._val_loss: list[Tensor] = []
         #: Epoch and batch to go on from, as of the last checkpoint written, and as of the one that was loaded.
@@ -89,31 +90,20 @@ class DistillationModule(lightning.LightningModule):
         #: Indices of images of the current batch that could not be read (and were replaced), -1 elsewhere.
         self.unreadable: Tensor | None = None
 
-    # What a method overrides ------------------------------------------------------------------------------------------
-
-    def build_modules(self) -> nn.Module:
-        """Return what trains beside the student and is dropped at the end; empty by default."""
-        return nn.ModuleDict()
-
-    def distill_loss(self, *, student: Output, teachers: tuple[Output, ...], target: Tensor) -> Mapping[str, Tensor]:
-        """Return named, unweighted scalars; their names appear in the logs as ``train/<name>``."""
-        raise NotImplementedError
-
-    def loss_weights(self) -> Mapping[str, float]:
-        """Return the weight of each term of :meth:`distill_loss`, and of ``task_loss``."""
-        return {"task_loss": 1.0}
-
     # A step -----------------------------------------------------------------------------------------------------------
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         batch = dict(batch)
         self.unreadable = batch.pop("unreadable", None)  # stays on the CPU, where reading it costs nothing
-        return batch
+        return self.stored.look_up(batch) if self.stored is not None and "view" in batch else batch
 
     def transfer_batch_to_device(
         self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
     ) -> dict[str, Any]:
-        return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
+        if device.type == "cpu":
+            return batch
+        keys = batch.pop("stored_keys", None)  # tells the CPU what is missing
+        return {**super().transfer_batch_to_device(batch, device, dataloader_idx), "stored_keys": keys}
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         image = batch["image"]
@@ -123,23 +113,48 @@ class DistillationModule(lightning.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         self._seed_step(batch_idx)
-        image, target = batch["image"], batch["target"]
-        if self._mixer is not None:
-            image, target = self._mixer(image, target)
-        teachers = self.teacher_outputs(image)
-        student = self._student_forward(image)
-        weights = self.loss_weights()
+        return self.total(self.loss_terms(*self.mixed(batch)))
+
+    def mixed(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return images, targets and stored probabilities of a batch, mixed where mixup or CutMix is on."""
+        image, target, probs = batch["image"], batch["target"], None
+        if self.stored is not None:
+            probs = self.stored.probabilities(batch, lambda: self.soft_label(self.teacher_outputs(image)))
+        if self._mixer is None:
+            return image, target, probs
+        return self._mixer(image, target, probs)
+
+    def loss_terms(self, image: Tensor, target: Tensor, teacher_probs: Tensor | None = None) -> dict[str, Tensor]:
+        """Run the networks and return all terms, unweighted.
+
+        Args:
+            image: B x 3 x H x W in [0, 1].
+            target: Class indices, B, or probabilities, B x C.
+            teacher_probs: B x C, where a store stands for the teachers.
+        """
+        teachers = self.teacher_outputs(image) if teacher_probs is None else (Output(probs=teacher_probs),)
+        student = self.student_output(image)
         terms: dict[str, Tensor] = {}
-        if weights["task_loss"]:
+        if self.loss_weights()["task_loss"]:
             terms["task_loss"] = self.task.loss(student, target)
         if teachers:
             terms.update(self.distill_loss(student=student, teachers=teachers, target=target))
+        return terms
+
+    def total(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """Return the weighted sum of the terms, and count all of them for the logs."""
+        weights = self.loss_weights()
         loss = torch.stack([term * weights[name] for name, term in terms.items()]).sum()
-        self._count({"loss": loss, **terms})
+        self._train_means.add({"loss": loss, **terms})
         return loss
+
+    def student_output(self, image: Tensor) -> Output:
+        """Run the student on images in [0, 1], B x 3 x H x W."""
+        return self._student_forward(image)
 
     def teacher_outputs(self, image: Tensor) -> tuple[Output, ...]:
         """Run every teacher on images in [0, 1], B x 3 x H x W, without gradient and in its own precision."""
+        self._place_teachers(image.device)
         outputs = []
         for forward, precision in zip(self._teacher_forwards, self.teacher_precisions, strict=True):
             dtype = _AUTOCAST_DTYPES.get(precision)
@@ -147,6 +162,19 @@ class DistillationModule(lightning.LightningModule):
             with torch.no_grad(), autocast:
                 outputs.append(forward(image))
         return tuple(outputs)
+
+    def soft_label(self, teachers: tuple[Output, ...]) -> Tensor:
+        """Return the teachers' probabilities, averaged: B x C in float32, without gradient."""
+        if teachers[0].probs is not None:
+            return teachers[0].probs
+        return average_probabilities([t.logits for t in teachers], temperature=self.teacher_temperature)
+
+    def _place_teachers(self, device: torch.device) -> None:
+        # only once they are needed: with a complete label store their memory is never taken
+        if self._teachers_at != device:
+            for teacher in self.teachers:
+                teacher.to(device)
+            self.__dict__["_teachers_at"] = device
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -190,29 +218,20 @@ class DistillationModule(lightning.LightningModule):
         self.epoch_metrics.update(found)
         self.log_dict(found, rank_zero_only=True)
 
-    # Metrics of training: summed on the device, read once in a while --------------------------------------------------
-
-    def _count(self, values: Mapping[str, Tensor]) -> None:
-        for name, value in values.items():
-            value = value.detach()
-            self._train_sums[name] = self._train_sums[name] + value if name in self._train_sums else value.clone()
-        self._train_count += 1
-
     def take_train_metrics(self) -> dict[str, float]:
-        """Return the means since the last call and start again; this waits for the device."""
-        if not self._train_count:
-            return {}
-        means = torch.stack([value.float() for value in self._train_sums.values()]) / self._train_count
-        means = self.all_gather(means).view(-1, len(means)).mean(0)  # of all ranks, so that all of them see a NaN
-        found = {f"train/{name}": value for name, value in zip(self._train_sums, means.tolist(), strict=True)}
-        self._train_sums.clear()
-        self._train_count = 0
-        return found
+        """Return the means of the training metrics since the last call and start again; this waits for the device."""
+        return self._train_means.take(self.all_gather)
 
     # Optimiser --------------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> dict[str, Any]:
-        return build_optimizer(self.student.net, self.projectors, config=self.config, budget=self.budget)
+        return build_optimizer(
+            self.student.net,
+            self.projectors,
+            config=self.config,
+            budget=self.budget,
+            projector_lr_ratio=self.projector_lr_ratio,
+        )
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
@@ -226,10 +245,6 @@ class DistillationModule(lightning.LightningModule):
             nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     # Devices and checkpoints ------------------------------------------------------------------------------------------
-
-    def on_fit_start(self) -> None:
-        for teacher in self.teachers:
-            teacher.to(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["position"] = self.position

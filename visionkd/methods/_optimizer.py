@@ -22,7 +22,9 @@ class Budget:
     epochs: int
 
 
-def build_optimizer(student: nn.Module, projectors: nn.Module, *, config: RunConfig, budget: Budget) -> dict[str, Any]:
+def build_optimizer(
+    student: nn.Module, projectors: nn.Module, *, config: RunConfig, budget: Budget, projector_lr_ratio: float = 1.0
+) -> dict[str, Any]:
     """Return optimiser and schedule in the form that Lightning takes.
 
     Args:
@@ -30,10 +32,13 @@ def build_optimizer(student: nn.Module, projectors: nn.Module, *, config: RunCon
         projectors: What trains beside it.
         config: With the learning rate and the weight decay resolved.
         budget: Length of the training.
+        projector_lr_ratio: Learning rate of what trains beside the student, as a share of the student's.
     """
     settings = config.optimizer
     assert settings.lr is not None and settings.weight_decay is not None, "the workflow resolves both"
     groups = _parameter_groups(student, projectors, settings.weight_decay, settings.decay_norm_and_bias)
+    if projector_lr_ratio != 1.0:
+        groups = _with_rate(groups, projectors, settings.lr * projector_lr_ratio)
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     fused = not clips_scaled_gradients(config) and devices <= {"cpu", "cuda"}
     optimizer: torch.optim.Optimizer
@@ -59,6 +64,9 @@ def lr_factor(step: int, *, schedule: ScheduleConfig, budget: Budget) -> float:
         return (step + 1) / (warmup + 1)
     if schedule.name == "constant":
         return 1.0
+    if schedule.name == "step":
+        epoch = step // budget.steps_per_epoch + 1
+        return schedule.gamma ** sum(epoch > milestone for milestone in schedule.milestones)
     progress = min(1.0, (step - warmup) / max(1.0, total - warmup))
     low = schedule.min_lr_ratio
     return low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * progress))
@@ -73,3 +81,13 @@ def _parameter_groups(
     undecayed = getattr(student, "no_weight_decay", set)()
     names = [f"student.{name}" for name in undecayed]
     return param_groups_weight_decay(trained, weight_decay, no_weight_decay_list=names)
+
+
+def _with_rate(groups: list[dict[str, Any]], projectors: nn.Module, lr: float) -> list[dict[str, Any]]:
+    """Split each group in two, of which the projectors' has a learning rate of its own."""
+    own = {id(parameter) for parameter in projectors.parameters()}
+    split = []
+    for group in groups:
+        parts = ([p for p in group["params"] if id(p) not in own], [p for p in group["params"] if id(p) in own])
+        split += [{**group, "params": parts[0]}, {**group, "params": parts[1], "lr": lr}]
+    return [group for group in split if group["params"]]

@@ -2,7 +2,8 @@
 
     L = task_loss_weight * CE(y, s) + distill_loss_weight * T^2 * KL(softmax(z_t / T) || softmax(z_s / T))
 
-With ``hard_labels`` the second term becomes DeiT's CE(argmax z_t, s), which has no temperature.
+With ``hard_labels`` the second term becomes DeiT's CE(argmax z_t, s), which has no temperature. The probabilities of
+several teachers are averaged, which gives the gradient of the mean of their terms.
 
 Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531.
 Touvron et al., "Training data-efficient image transformers & distillation through attention", 2021, arXiv 2012.12877.
@@ -14,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -47,20 +47,20 @@ class KDOptions:
 
 
 class KD(DistillationModule):
-    """Hinton's distillation; several teachers count equally."""
+    """Hinton's distillation; the probabilities of several teachers are averaged."""
 
     Options: ClassVar[type] = KDOptions
     options: KDOptions
 
+    @property
+    def teacher_temperature(self) -> float:
+        return 1.0 if self.options.hard_labels else self.options.temperature
+
     def distill_loss(self, *, student: Output, teachers: tuple[Output, ...], target: Tensor) -> Mapping[str, Tensor]:
-        losses = []
-        for teacher in teachers:
-            logits = {"student_logits": student.logits, "teacher_logits": teacher.logits}
-            if self.options.hard_labels:
-                losses.append(hard_kd_loss(**logits))
-            else:
-                losses.append(kd_loss(**logits, temperature=self.options.temperature))
-        return {"kd_loss": torch.stack(losses).mean()}
+        given = {"student_logits": student.logits, "teacher_probs": self.soft_label(teachers)}
+        if self.options.hard_labels:
+            return {"kd_loss": hard_kd_loss(**given)}
+        return {"kd_loss": kd_loss(**given, temperature=self.options.temperature)}
 
     def loss_weights(self) -> Mapping[str, float]:
         return {"task_loss": self.options.task_loss_weight, "kd_loss": self.options.distill_loss_weight}

@@ -68,6 +68,7 @@ def create_network(
         network = _from_torchvision(resolved, config, num_classes, in_training)
     else:
         network = _from_timm(resolved, config, num_classes, in_training)
+    network.trained |= resolved.source in ("package", "file")
     if resolved.note:
         network.notes = (resolved.note, *network.notes)
     if resolved.source in ("package", "file") and config.img_size is not None:

@@ -53,6 +53,8 @@ class Network(nn.Module):
         self.input = input
         self.model_args = dict(model_args)
         self.pretrained_tag = pretrained_tag
+        #: Whether its weights come from a training, rather than from chance.
+        self.trained = pretrained_tag is not None
         self.notes = notes
         self.normalize = Normalize(input.mean, input.std)
         self.num_classes = int(self.model_args["num_classes"])
