@@ -96,7 +96,7 @@ def test_batch_contents():
     for name in ("target", "index", "unreadable"):
         assert batch[name].shape == (4,) and batch[name].dtype == torch.int64
     assert torch.equal(batch["target"], batch["index"] % 3)
-    assert set(batch) == {"image", "target", "index", "unreadable"} and batch["unreadable"].tolist() == [-1] * 4
+    assert set(batch) == {"image", "target", "index", "view", "unreadable"} and batch["unreadable"].tolist() == [-1] * 4
     assert next(iter(make(NoiseSource(20), views=2)))["view"].tolist() == [0] * 4
 
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from visionkd.data.loader import EvalBatchSampler, PositionedSampler, view_seed
+from visionkd.data.sampler import EvalBatchSampler, PositionedSampler, view_seed
 from visionkd.errors import DataError
 
 

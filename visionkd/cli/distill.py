@@ -36,6 +36,15 @@ from visionkd.cli._base import comma_list, new_command, option
     stated_default="auto",
     help="What to do with a teacher whose classes are not the data's: fit a linear probe, train all of it, or refuse.",
 )
+@option(
+    "--cache-teacher/--no-cache-teacher",
+    "cache_teacher",
+    default=None,
+    stated_default="where views repeat",
+    help="Keep what the teachers say of each view on disk, so that they see it once.",
+)
+@option("--unlabeled", metavar="DIR", help="Images without labels to train on too, for methods that use none.")
+@option("--augment", type=click.Choice(["hard"]), help="Train an augmentor that looks for what the student gets wrong.")
 @_options.pretrained
 @option("--baseline", metavar="RUN", help="Run of the same student trained alone, to compare with in the report.")
 @_options.destination

@@ -7,20 +7,17 @@ rank, or on what was drawn before.
 
 from __future__ import annotations
 
-import hashlib
-import math
 import random
 import signal
-import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from visionkd.data.cache import CachedSource, _affinity, cached
+from visionkd.data.sampler import EvalBatchSampler, PositionedSampler, view_seed
 from visionkd.errors import DataError, UnreadableImageError, VisionKDError
 from visionkd.types import Source
 
@@ -31,88 +28,9 @@ _SMALL_BATCH_BYTES = 4_000_000
 _ERROR = "error"
 
 
-def view_seed(seed: int, view: int, index: int) -> int:
-    """Return the seed of one view of one sample, a hash of all three numbers."""
-    return int.from_bytes(hashlib.blake2b(struct.pack("<qqq", seed, view, index), digest_size=8).digest(), "little")
-
-
 def default_workers(world_size: int = 1) -> int:
     """Loader processes for each of ``world_size`` training processes here; one processor is left for each of these."""
     return max(1, min(_MOST_WORKERS, len(_affinity()) // max(1, world_size) - 1))
-
-
-class PositionedSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (index, view) pairs, from any position.
-
-    Global batch ``k`` of an epoch is ``order[k * B * W : (k + 1) * B * W]`` for W ranks of batch size B; each rank
-    takes its contiguous part. W ranks together therefore see exactly what one process sees with batch size B * W.
-
-    Args:
-        num_samples: Samples in all.
-        batch_size: Batch size B of one rank.
-        seed: Together with the epoch it decides the order.
-        rank: This process.
-        world_size: Number of processes, W.
-        views: Number of different views of each sample, taken in turn; None draws a new one every epoch.
-    """
-
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        *,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        views: int | None = None,
-    ) -> None:
-        if num_samples < 1:
-            raise DataError("the training set is empty")
-        if batch_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"batch_size {batch_size}, rank {rank} of {world_size}")
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.views = views
-        self.epoch = 0
-        self.start = 0
-
-    @property
-    def sampler(self) -> PositionedSampler:
-        """Where Lightning looks for ``set_epoch``."""
-        return self
-
-    def __len__(self) -> int:
-        """Batches of a full epoch, wherever the next iteration starts."""
-        return max(1, self.num_samples // (self.batch_size * self.world_size))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Go to an epoch; to its beginning, unless it is the current one."""
-        if epoch != self.epoch:
-            self.epoch, self.start = epoch, 0
-
-    def set_position(self, epoch: int, batch: int) -> None:
-        """Start the next iteration at ``batch`` of ``epoch``, both counted from 0."""
-        if not 0 <= batch <= len(self):
-            raise ValueError(f"batch {batch} of an epoch of {len(self)}")
-        self.epoch, self.start = epoch, batch
-
-    def order(self, epoch: int) -> Tensor:
-        """Return the order of an epoch, int64; repeated where the samples do not fill one batch."""
-        generator = torch.Generator().manual_seed(view_seed(self.seed, epoch, -1) >> 1)
-        order = torch.randperm(self.num_samples, generator=generator)
-        whole = self.batch_size * self.world_size
-        return order if len(order) >= whole else order.repeat(-(-whole // len(order)))[:whole]
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, start = self.epoch, self.start
-        view = epoch % self.views if self.views else epoch
-        order = self.order(epoch)
-        for batch in range(start, len(self)):
-            first = (batch * self.world_size + self.rank) * self.batch_size
-            yield [(index, view) for index in order[first : first + self.batch_size].tolist()]
 
 
 class _Batches(Dataset):
@@ -157,19 +75,21 @@ def _empty(shape: Sequence[int]) -> Tensor:
 
 
 class _TrainBatches(_Batches):
-    def __init__(self, source: Source, transform: Transform, seed: int, with_view: bool) -> None:
+    def __init__(self, source: Source, transform: Transform, view_seed: int) -> None:
         super().__init__(source, transform)
-        self.seed = seed
-        self.with_view = with_view
+        self.view_seed = view_seed
 
     def _batch(self, pairs: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
         # The main process's own randomness must not notice; a loader process has no other use for it.
         state = None if get_worker_info() is not None else (torch.get_rng_state(), random.getstate())
         try:
             images, indices, unreadable = [], [], []
+            loaded: tuple[int, Any, int] = (-1, None, -1)
             for index, view in pairs:
-                image, used = self._load(index, view)
-                images.append(image)
+                if loaded[0] != index:  # several views of one image follow one another
+                    loaded = (index, *self._read(index))
+                _, image, used = loaded
+                images.append(self._view(image, used, view))
                 indices.append(used)
                 unreadable.append(-1 if used == index else index)
         finally:
@@ -177,22 +97,24 @@ class _TrainBatches(_Batches):
                 torch.set_rng_state(state[0])
                 random.setstate(state[1])
         targets = [self.source.target(index) for index in indices]
-        extra = {"view": [view for _, view in pairs]} if self.with_view else {}
-        return self._collate(images, targets, index=indices, unreadable=unreadable, **extra)
+        views = [view for _, view in pairs]
+        return self._collate(images, targets, index=indices, view=views, unreadable=unreadable)
 
-    def _load(self, index: int, view: int) -> tuple[Tensor, int]:
-        """The view of a sample, or of the next one that can be read; and that one's index."""
+    def _view(self, image: Any, index: int, view: int) -> Tensor:
+        seed = view_seed(self.view_seed, view, index)
+        torch.default_generator.manual_seed(seed >> 1)
+        random.seed(seed)
+        return self.transform(image)
+
+    def _read(self, index: int) -> tuple[Any, int]:
+        """The image of a sample, or of the next one that can be read; and that one's index."""
         count = len(self.source)
         for step in range(min(count, _MOST_REPLACEMENTS)):
             used = (index + step) % count
             try:
-                image = self.source.load(used)
+                return self.source.load(used), used
             except UnreadableImageError:
                 continue
-            seed = view_seed(self.seed, view, used)
-            torch.default_generator.manual_seed(seed >> 1)
-            random.seed(seed)
-            return self.transform(image), used
         raise DataError(
             f"no readable image among {min(count, _MOST_REPLACEMENTS)} from '{self.source.name(index)}' on",
             hint="Run 'visionkd data check' on the data.",
@@ -273,8 +195,8 @@ class _Loader(DataLoader):
 class TrainLoader(_Loader):
     """Endless in epochs, exact in position; see :class:`PositionedSampler`.
 
-    Batches hold ``image`` (uint8, B x 3 x H x W), ``target``, ``index``, ``unreadable`` (the index of the sample whose
-    place was taken by another, else -1) and, where views are counted, ``view``; all but the first int64, B.
+    Batches hold ``image`` (uint8, B x 3 x H x W), ``target``, ``index``, ``view`` and ``unreadable`` (the index of the
+    sample whose place was taken by another, else -1); all but the first int64, B.
     """
 
     batch_sampler: PositionedSampler
@@ -284,6 +206,16 @@ class TrainLoader(_Loader):
 
     def set_position(self, epoch: int, batch: int) -> None:
         self.batch_sampler.set_position(epoch, batch)
+
+    def over(self, batches: Iterable[list[tuple[int, int]]], *, few: bool = False) -> Iterator[dict[str, Tensor]]:
+        """Yield batches of given (index, view) pairs, drawn as the training draws them.
+
+        Args:
+            batches: The pairs of each batch.
+            few: Draw them in this process, for too few batches to start loader processes for.
+        """
+        workers = 0 if few else self.num_workers
+        return iter(_Loader(self.dataset, batches, workers, self.batch_sampler.batch_size, self.pin_memory))
 
     @property
     def cached(self) -> bool:
@@ -296,33 +228,6 @@ class TrainLoader(_Loader):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to load."""
-
-
-class EvalBatchSampler(Sampler[list[int]]):
-    """Batches of indices in order, shared out over ranks: each index is seen once, and all ranks take as many steps.
-
-    Args:
-        num_samples: Samples in all.
-        batch_size: Largest batch.
-        rank: This process; it takes samples ``rank, rank + world_size, ...``.
-        world_size: Number of processes.
-    """
-
-    def __init__(self, num_samples: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
-        indices = np.arange(rank, num_samples, world_size)
-        batches = [indices[start : start + batch_size].tolist() for start in range(0, len(indices), batch_size)]
-        steps = math.ceil(math.ceil(num_samples / world_size) / batch_size)
-        # A rank with one sample less may be a batch short: ranks that wait for one another would hang.
-        if batches and len(batches) < steps and len(batches[-1]) > 1:
-            last = batches.pop()
-            batches += [last[: len(last) // 2], last[len(last) // 2 :]]
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
 
 
 class EvalLoader(_Loader):
@@ -340,6 +245,8 @@ def train_loader(
     world_size: int = 1,
     cache: str = "auto",
     views: int | None = None,
+    views_per_image: int = 1,
+    view_seed: int | None = None,
     epochs: int | None = None,
     pin_memory: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -356,14 +263,19 @@ def train_loader(
         world_size: Number of training processes.
         cache: ``ram`` decodes all images now, ``auto`` does so where they fit in 1 GB, ``none`` never.
         views: Number of different views per sample; None draws a new one every epoch.
+        views_per_image: Views taken of each image that is loaded.
+        view_seed: Decides the views, where ``seed`` is to decide the order alone.
         epochs: Epochs to come, if known: ``auto`` caches nothing for fewer than three.
         pin_memory: Copy batches to page-locked memory; None does where there is a CUDA device.
         progress: Called with images decoded and images in all while the cache is filled.
     """
     source = cached(source, cache, epochs=epochs, progress=progress)
-    sampler = PositionedSampler(len(source), batch_size, seed=seed, rank=rank, world_size=world_size, views=views)
+    ranks = {"rank": rank, "world_size": world_size}
+    sampler = PositionedSampler(
+        len(source), batch_size, seed=seed, views=views, views_per_image=views_per_image, **ranks
+    )
     workers = default_workers(world_size) if workers is None else workers
-    batches = _TrainBatches(source, transform, seed, views is not None)
+    batches = _TrainBatches(source, transform, seed if view_seed is None else view_seed)
     return TrainLoader(batches, sampler, workers, batch_size, pin_memory)
 
 

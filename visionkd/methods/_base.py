@@ -95,7 +95,7 @@ class DistillationModule(Hooks, lightning.LightningModule):
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         batch = dict(batch)
         self.unreadable = batch.pop("unreadable", None)  # stays on the CPU, where reading it costs nothing
-        return self.stored.look_up(batch) if self.stored is not None and "view" in batch else batch
+        return self.stored.look_up(batch) if self.stored is not None and self.training else batch
 
     def transfer_batch_to_device(
         self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
@@ -168,6 +168,11 @@ class DistillationModule(Hooks, lightning.LightningModule):
         if teachers[0].probs is not None:
             return teachers[0].probs
         return average_probabilities([t.logits for t in teachers], temperature=self.teacher_temperature)
+
+    @property
+    def teacher_temperature(self) -> float:
+        """Temperature of the probabilities that :meth:`soft_label` averages."""
+        return self.label_temperature(self.options)
 
     def _place_teachers(self, device: torch.device) -> None:
         # only once they are needed: with a complete label store their memory is never taken

@@ -45,9 +45,9 @@ class Hooks:
         """Return the stages whose maps the student's output is to carry; see :mod:`visionkd.models.features`."""
         return ()
 
-    @property
-    def teacher_temperature(self) -> float:
-        """Temperature of the probabilities that :meth:`soft_label` averages, and that a label store holds."""
+    @classmethod
+    def label_temperature(cls, options: Any) -> float:
+        """Return the temperature of the probabilities that :meth:`soft_label` averages, and that a label store holds."""
         return 1.0
 
     @property

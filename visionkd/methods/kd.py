@@ -52,9 +52,9 @@ class KD(DistillationModule):
     Options: ClassVar[type] = KDOptions
     options: KDOptions
 
-    @property
-    def teacher_temperature(self) -> float:
-        return 1.0 if self.options.hard_labels else self.options.temperature
+    @classmethod
+    def label_temperature(cls, options: KDOptions) -> float:
+        return 1.0 if options.hard_labels else options.temperature
 
     def distill_loss(self, *, student: Output, teachers: tuple[Output, ...], target: Tensor) -> Mapping[str, Tensor]:
         given = {"student_logits": student.logits, "teacher_probs": self.soft_label(teachers)}

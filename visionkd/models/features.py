@@ -2,50 +2,36 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from visionkd.errors import RequestError
 from visionkd.models.network import Network
+from visionkd.models.stages import Plan, Stage, Tap, as_map, four_stages, has_class_token, plan_of, stages
 from visionkd.types import Output
 
+__all__ = ["FeatureOutput", "Stage", "extract", "four_stages", "has_class_token", "stages"]
 
-@dataclass(frozen=True)
-class Stage:
-    """One place to take features from.
+
+@dataclass
+class FeatureOutput(Output):
+    """An output with what the maps leave out.
 
     Attributes:
-        index: Position, from the shallowest.
-        name: Dotted name of the module in the bare network.
-        channels: Channels of its map.
-        stride: Pixels of the image for one step in the map.
+        prefix_tokens: For each map of ``features``, the tokens in front of it (class token first), B x P x C; empty
+            where the network has none.
     """
 
-    index: int
-    name: str
-    channels: int
-    stride: int
+    prefix_tokens: tuple[Tensor, ...] = ()
 
 
-def stages(network: Network) -> tuple[Stage, ...]:
-    """Return the stages of ``network`` from timm's feature info, or from the maps it shows where there is none."""
-    info = getattr(network.net, "feature_info", None)
-    if info and hasattr(network.net, "forward_intermediates"):
-        items = info if isinstance(info, list) else info.get_dicts()
-        return tuple(
-            Stage(index, item["module"], int(item["num_chs"]), int(item["reduction"]))
-            for index, item in enumerate(items)
-        )
-    return _observed_stages(network)
-
-
-def extract(network: Network, image: Tensor, indices: Sequence[int] | None = None) -> Output:
+def extract(network: Network, image: Tensor, indices: Sequence[int] | None = None) -> FeatureOutput:
     """Run ``network`` and return logits, maps and, for a transformer, tokens.
+
+    The network runs as it would without, in train mode as well: the same logits from the same random numbers.
 
     Args:
         network: Any network.
@@ -59,74 +45,56 @@ def extract(network: Network, image: Tensor, indices: Sequence[int] | None = Non
     Raises:
         RequestError: If the network has no such stage.
     """
-    known = stages(network)
-    wanted = list(range(len(known))) if indices is None else list(indices)
+    plan = plan_of(network)
+    known = plan.stages
+    wanted = range(len(known)) if indices is None else indices
     outside = [index for index in wanted if not -len(known) <= index < len(known)]
     if outside:
         raise RequestError(
             f"'{network.architecture}' has no stage {outside[0]}",
             hint="Its stages: " + ", ".join(f"{stage.index} ({stage.name})" for stage in known),
         )
-    wanted = [index % len(known) for index in wanted]
+    chosen = [index % len(known) for index in wanted]
     image = network.prepare(image)
-    net: Any = network.net
-    if hasattr(net, "forward_intermediates") and getattr(net, "feature_info", None):
-        order = sorted(set(wanted))  # timm returns maps from shallow to deep, whatever the order asked for
-        final, maps = net.forward_intermediates(image, indices=order, output_fmt="NCHW")
-        found = dict(zip(order, maps, strict=True))
-        tokens = final if final.ndim == 3 else None
-        return Output(net.forward_head(final), tuple(found[index] for index in wanted), tokens)
-    seen, logits = _run_with_hooks(net, [known[index].name for index in wanted], image)
-    return Output(logits, tuple(seen[known[index].name] for index in wanted))
+    if not plan.taps:
+        return _from_timm(network.net, image, chosen)
+    return _from_hooks(network.net, image, plan, [plan.taps[index] for index in chosen])
 
 
-def _observed_stages(network: Network) -> tuple[Stage, ...]:
-    """Take the last module with a map of each resolution as a stage, by a run on the meta device."""
-    net = copy.deepcopy(network.net).to("meta").eval()
-    height, width = network.input.img_size
-    seen: list[tuple[str, torch.Size]] = []
-    handles = []
-    for name, module in net.named_modules():
-        if name:
-            handles.append(module.register_forward_hook(_recorder(seen, name)))
-    with torch.no_grad():
-        net(torch.empty(1, 3, height, width, device="meta"))
-    last: dict[int, tuple[str, int]] = {}
-    for name, shape in seen:
-        if len(shape) == 4 and shape[2] > 1 and height // shape[2] == width // shape[3]:
-            last[height // shape[2]] = (name, shape[1])
-    if not last:
-        raise RequestError(
-            f"'{network.architecture}' shows no feature maps",
-            hint="Choose a method that needs none, or another network.",
-        )
-    return tuple(
-        Stage(index, name, channels, stride) for index, (stride, (name, channels)) in enumerate(sorted(last.items()))
-    )
+def _from_timm(net: Any, image: Tensor, chosen: Sequence[int]) -> FeatureOutput:
+    order = sorted(set(chosen))  # timm returns maps from shallow to deep, whatever the order asked for
+    final, maps = net.forward_intermediates(image, indices=order, output_fmt="NCHW")
+    found = dict(zip(order, maps, strict=True))
+    tokens = final if final.ndim == 3 else None
+    return FeatureOutput(_first(net.forward_head(final)), tuple(found[index] for index in chosen), tokens)
 
 
-def _recorder(seen: list[tuple[str, torch.Size]], name: str) -> Any:
-    def record(_: nn.Module, __: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            seen.append((name, output.shape))
-
-    return record
-
-
-def _run_with_hooks(net: nn.Module, names: Sequence[str], image: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def _from_hooks(net: nn.Module, image: Tensor, plan: Plan, taps: Sequence[Tap]) -> FeatureOutput:
+    names = {tap.name: tap.overwritten for tap in taps}
+    if plan.tokens is not None:
+        names.setdefault(plan.tokens, False)
     seen: dict[str, Tensor] = {}
 
-    def keeper(name: str) -> Any:
+    def keeper(name: str, copy: bool) -> Any:
         def keep(_: nn.Module, __: Any, output: Tensor) -> None:
-            # A clone, because the activation behind it may work in place.
-            seen[name] = output.clone()
+            seen[name] = output.clone() if copy else output
 
         return keep
 
-    handles = [net.get_submodule(name).register_forward_hook(keeper(name)) for name in dict.fromkeys(names)]
+    handles = [net.get_submodule(name).register_forward_hook(keeper(name, copy)) for name, copy in names.items()]
     try:
-        output = net(image)
+        logits = _first(net(image))
     finally:
         for handle in handles:
             handle.remove()
-    return seen, output[0] if isinstance(output, tuple) else output
+    prefixes = tuple(seen[tap.name][:, : tap.prefix] for tap in taps if tap.prefix)
+    return FeatureOutput(
+        logits,
+        tuple(as_map(seen[tap.name], tap) for tap in taps),
+        None if plan.tokens is None else seen[plan.tokens],
+        prefix_tokens=prefixes,
+    )
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

@@ -20,8 +20,6 @@ from visionkd.workflows.configs import show_config
 
 C = TypeVar("C", bound=RunConfig)
 METHODS = "visionkd.methods"
-#: What ``--method auto`` takes.
-AUTO_METHOD = "kd"
 #: The command line's option behind each key of the configuration that has one.
 _OPTIONS = {
     "teachers": "--teacher",
@@ -32,6 +30,9 @@ _OPTIONS = {
     "method": "--method",
     "task": "--task",
     "fit_teacher.mode": "--fit-teacher",
+    "label_store.mode": "--cache-teacher",
+    "data.unlabeled": "--unlabeled",
+    "augment.learned": "--augment",
     "report.baseline": "--baseline",
     "training.epochs": "--epochs",
     "training.batch_size": "--batch-size",
@@ -175,7 +176,6 @@ def _is_data(path: str) -> bool:
 
 def method_options(name: str) -> type | None:
     """Return the frozen options dataclass of a method, None for ``auto`` and names that do not exist."""
-    name = AUTO_METHOD if name == "auto" else name
     if name not in registry.names(METHODS):
         return None
     return registry.load(METHODS, name, key="--method").METHOD.Options

@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
-from visionkd.config.schema import ComputeConfig, RunConfig
+from visionkd.config.schema import ComputeConfig, LabelStoreConfig, RunConfig
 from visionkd.data.loader import default_workers, eval_loader, train_loader
 from visionkd.data.transforms import EvalTransform, TrainTransform
 from visionkd.errors import InterruptedRunError, Problem, WorkError
@@ -23,6 +23,7 @@ from visionkd.methods._optimizer import Budget
 from visionkd.models.factory import Network
 from visionkd.types import DataSet, Listener
 from visionkd.workflows._callbacks import AtomicCheckpointIO, Checkpoints, Metrics
+from visionkd.workflows._labels import FillLabels, Labels
 from visionkd.workflows._rundir import RunDirectory
 
 _TRAINER_PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
@@ -82,14 +83,20 @@ def check_compute(config: RunConfig) -> list[Problem]:
     return problems
 
 
-def resolve_training(config: RunConfig, *, img_size: int) -> None:
-    """Fill in every value that was left to decide, so that ``config.yaml`` says what was run."""
+def resolve_training(config: RunConfig, *, img_size: int, weight_decay: float | None = None) -> None:
+    """Fill in every value that was left to decide, so that ``config.yaml`` says what was run.
+
+    Args:
+        config: What to fill in.
+        img_size: Largest side of the training views in pixels.
+        weight_decay: The method's own default; None takes the optimiser's.
+    """
     optimizer, training = config.optimizer, config.training
     if optimizer.lr is None:
         share = training.batch_size / 256
         optimizer.lr = _USUAL_LR[optimizer.name] * (share if optimizer.name == "sgd" else math.sqrt(share))
     if optimizer.weight_decay is None:
-        optimizer.weight_decay = _USUAL_WEIGHT_DECAY[optimizer.name]
+        optimizer.weight_decay = _USUAL_WEIGHT_DECAY[optimizer.name] if weight_decay is None else weight_decay
     if config.augment.crop is None:
         config.augment.crop = "padded" if img_size <= 64 else "resized"
     if config.augment.padding is None:
@@ -118,6 +125,8 @@ def fit(
     stage: str,
     listener: Listener,
     epochs: int | None = None,
+    views: LabelStoreConfig | None = None,
+    labels: Labels | None = None,
 ) -> DistillationModule:
     """Train until the budget is spent, from the last checkpoint where there is one.
 
@@ -129,6 +138,8 @@ def fit(
         img_size: Height and width in pixels of the training views.
         stage: Names the stage's checkpoints and metrics.
         epochs: Epochs, where they are not those of the configuration.
+        views: Which views to take, where not every epoch draws new ones.
+        labels: An open store that stands for the teachers.
 
     Raises:
         InterruptedRunError: On Ctrl-C or SIGTERM, after a checkpoint was written.
@@ -150,7 +161,9 @@ def fit(
     )
     with _quiet_lightning():
         trainer = _trainer(config, run, epochs=epochs, callbacks=[metrics, checkpoints], stage=stage)
-        loaders = _loaders(trainer, data=data, config=config, student=student, img_size=img_size)
+        loaders = _loaders(trainer, data=data, config=config, student=student, img_size=img_size, views=views)
+        if labels is not None:
+            trainer.callbacks.append(FillLabels(labels, loaders[0], listener))
         steps = math.ceil(len(loaders[0]) / training.accumulate)
         module = build(Budget(steps_per_epoch=steps, epochs=epochs))
         module.on_position = loaders[0].batch_sampler.set_position
@@ -203,7 +216,13 @@ def _trainer(config: RunConfig, run: RunDirectory, *, epochs: int, callbacks: Se
 
 
 def _loaders(
-    trainer: Trainer, *, data: DataSet, config: RunConfig, student: Network, img_size: tuple[int, int]
+    trainer: Trainer,
+    *,
+    data: DataSet,
+    config: RunConfig,
+    student: Network,
+    img_size: tuple[int, int],
+    views: LabelStoreConfig | None,
 ) -> tuple:
     ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size, "workers": config.data.workers or 0}
     batch = config.training.batch_size // (trainer.world_size * config.training.accumulate)
@@ -214,12 +233,19 @@ def _loaders(
         seed=config.training.seed,
         cache=config.data.cache,
         epochs=trainer.max_epochs,
+        **({} if views is None else _view_options(views)),
         **ranks,
     )
     val = eval_loader(
         data.splits["val"], EvalTransform(student.input), batch_size=max(batch, 64), cache=config.data.cache, **ranks
     )
     return train, val
+
+
+def _view_options(views: LabelStoreConfig) -> dict[str, int | None]:
+    """Which views the loader draws; without a number of views, each epoch draws new ones from the run's own seed."""
+    seed = None if views.views is None else views.view_seed
+    return {"views": views.views, "view_seed": seed, "views_per_image": views.views_per_image}
 
 
 @contextmanager

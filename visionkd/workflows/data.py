@@ -1,8 +1,9 @@
-"""List known data sets, and look at data before training on it."""
+"""List known data sets, look at data before training on it, and look after stored teacher labels."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from visionkd.config.load import load_config
 from visionkd.config.schema import RunConfig
@@ -11,6 +12,9 @@ from visionkd.data.check import check_data as check
 from visionkd.data.known import KNOWN_SETS
 from visionkd.data.open import open_data
 from visionkd.data.shapes import CLASSES as SHAPE_CLASSES
+from visionkd.errors import Problem, RequestError, WorkError
+from visionkd.teachers import store_admin
+from visionkd.teachers.store_admin import StoreInfo, StoreReport
 from visionkd.types import Listener, MetricRow, Progress
 
 
@@ -58,3 +62,86 @@ def list_data() -> tuple[MetricRow, ...]:
         for each in KNOWN_SETS
     ]
     return (shapes, *known)
+
+
+def list_cache() -> tuple[StoreInfo, ...]:
+    """Return the stores of teacher labels in the cache directory, the last used first."""
+    return store_admin.list_stores()
+
+
+def verify_cache(*, stores: Sequence[str] = (), listener: Listener | None = None) -> tuple[StoreReport, ...]:
+    """Compare every shard of stores of teacher labels with its checksum.
+
+    Args:
+        stores: Ids, beginnings of ids or directories; all of the cache directory where none is named.
+        listener: Is told how far it is.
+
+    Raises:
+        RequestError: If one does not exist.
+    """
+    listener = listener or Listener()
+
+    def report(done: int, total: int) -> None:
+        listener.progress(Progress("verify", done, total))
+
+    paths = _find(stores) if stores else [store.path for store in store_admin.list_stores()]
+    return tuple(store_admin.verify_store(path, progress=report) for path in paths)
+
+
+def remove_cache(
+    *,
+    stores: Sequence[str] = (),
+    every: bool = False,
+    unused_days: float | None = None,
+    confirm: Callable[[Sequence[StoreInfo]], bool] | None = None,
+) -> tuple[StoreInfo, ...]:
+    """Remove stores of teacher labels.
+
+    Args:
+        stores: Ids, beginnings of ids or directories.
+        every: Choose every store in the cache directory.
+        unused_days: Choose those that no run has used for so many days: of ``stores``, or of the cache directory.
+        confirm: Is asked before anything is removed; None removes without asking.
+
+    Returns:
+        What was removed.
+
+    Raises:
+        RequestError: If none is chosen, or one does not exist; nothing is removed then.
+        WorkError: If one is in use; all others are removed.
+    """
+    if every and stores:
+        raise RequestError(
+            Problem("--all", f"chooses every store, and {', '.join(stores)} besides", "Give one of them.")
+        )
+    if not (every or stores or unused_days is not None):
+        raise RequestError(
+            Problem("STORE", "is required: a store, --unused-days or --all", "See 'visionkd data cache list'.")
+        )
+    chosen = tuple(map(store_admin.store_info, _find(stores))) if stores else store_admin.list_stores()
+    if unused_days is not None:
+        chosen = store_admin.unused(chosen, days=unused_days)
+    if not chosen or (confirm is not None and not confirm(chosen)):
+        return ()
+    removed, kept = [], []
+    for store in chosen:
+        try:
+            removed.append(store_admin.remove_store(store.path))
+        except WorkError as error:
+            kept.append(error)
+    if kept:
+        raise WorkError("\n".join(error.message for error in kept), hint=kept[0].hint)
+    return tuple(removed)
+
+
+def _find(stores: Sequence[str]) -> list[Path]:
+    """Return directories, each once; all problems at once."""
+    paths, problems = [], []
+    for name in stores:
+        try:
+            paths.append(store_admin.find_store(name))
+        except RequestError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise RequestError(problems)
+    return list(dict.fromkeys(paths))

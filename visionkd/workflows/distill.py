@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
-from visionkd import registry
-from visionkd.config.load import build_options
-from visionkd.config.schema import DistillConfig, FitTeacherConfig
+from visionkd.config.schema import DistillConfig
 from visionkd.errors import Problem, RequestError
+from visionkd.hub.package import save_package
+from visionkd.methods._stage import TrainingStage
 from visionkd.models.network import Network
 from visionkd.tasks.classification import ClassificationTask
 from visionkd.types import DataSet, Listener
+from visionkd.workflows._finetune import finetune_teacher
+from visionkd.workflows._labels import open_labels, resolve_label_store
+from visionkd.workflows._method import choose_method, method_name
 from visionkd.workflows._networks import (
     check_fit,
     load_network,
@@ -22,7 +24,7 @@ from visionkd.workflows._networks import (
     probe_teacher,
     seeded_network,
 )
-from visionkd.workflows._request import AUTO_METHOD, METHODS, build_config, check_mode, command_line, shared_overrides
+from visionkd.workflows._request import build_config, check_mode, command_line, shared_overrides
 from visionkd.workflows._rundir import RunDirectory, open_run
 from visionkd.workflows._stages import Stages, data_text, open_for_training, write_environment
 from visionkd.workflows._training import budget_text, check_compute, fit, resolve_training, run_path
@@ -43,6 +45,9 @@ def distill(
     lr: float | None = None,
     seed: int | None = None,
     fit_teacher: str | None = None,
+    cache_teacher: bool | None = None,
+    unlabeled: str | None = None,
+    augment: str | None = None,
     pretrained: bool | None = None,
     export: str | None = None,
     out: str | None = None,
@@ -71,6 +76,9 @@ def distill(
         lr: Peak learning rate.
         seed: Seed of weights, order and views.
         fit_teacher: ``auto``, ``probe``, ``finetune`` or ``none``.
+        cache_teacher: Keep what the teachers say of each view in a label store; None decides.
+        unlabeled: Directory of images to train on beside the labelled ones.
+        augment: ``hard`` trains an augmentor against the student.
         pretrained: Whether networks start from published weights.
         export: Formats to export at the end, separated by commas.
         out: Run directory; None makes a name from the networks, method and data.
@@ -114,6 +122,9 @@ def distill(
         "student.name": student,
         "method": method,
         "fit_teacher.mode": fit_teacher,
+        "label_store.mode": None if cache_teacher is None else "on" if cache_teacher else "off",
+        "data.unlabeled": unlabeled,
+        "augment.learned": augment,
         "report.baseline": baseline,
     }
     settings = build_config(DistillConfig, config=config, options=options, overrides=overrides, out=out, resume=resume)
@@ -127,26 +138,13 @@ class _Distillation:
     """One distillation, stage by stage."""
 
     def __init__(self, config: DistillConfig, *, out: str | None, listener: Listener) -> None:
-        self.config = config
+        self.config, self.listener = config, listener
         problems = check_compute(config)
-        if config.method == "auto":
-            config.method = AUTO_METHOD
-        method = registry.load(METHODS, config.method, key="--method").METHOD
-        self.method = method
-        config.options = asdict(build_options(method.Options, config.options))
         if config.report.baseline is not None:
             load_network(config.report.baseline)  # fails now rather than after the training
         if problems:
             raise RequestError(problems)
         self.data, self.student = open_for_training(config, config.student)
-        if self.data.task not in method.tasks:
-            raise RequestError(
-                Problem(
-                    "--method",
-                    f"'{config.method}' does not support {self.data.task}",
-                    f"It supports {', '.join(sorted(method.tasks))}.",
-                )
-            )
         seed = config.training.seed
         self.teachers = [
             seeded_network(spec, data=None, seed=seed, role=f"teacher{number}")
@@ -154,14 +152,26 @@ class _Distillation:
         ]
         for spec, teacher in zip(config.teachers, self.teachers, strict=True):
             check_fit(teacher, self.data, config, name=spec.name)
+        self.method, self.options = choose_method(
+            config, student=self.student, teachers=self.teachers, listener=listener
+        )
+        if self.data.task not in self.method.tasks:
+            raise RequestError(
+                Problem(
+                    "--method",
+                    f"'{method_name(config)}' does not support {self.data.task}",
+                    f"It supports {', '.join(sorted(self.method.tasks))}.",
+                )
+            )
         # views are drawn at the largest size that a network was trained with, and each network resizes for itself
         sizes = [network.input.img_size for network in (self.student, *self.teachers)]
         self.img_size = (max(height for height, _ in sizes), max(width for _, width in sizes))
-        resolve_training(config, img_size=max(self.img_size))
+        resolve_training(config, img_size=max(self.img_size), weight_decay=self.method.default_weight_decay)
+        for text in resolve_label_store(config, self.method, self.options, self.data):
+            listener.message(text)
         self.names = [spec.name for spec in config.teachers]
-        run_name = f"{self.student.architecture}.{config.method}_{'_'.join(self.names)}_{self.data.name}"
+        run_name = f"{self.student.architecture}.{method_name(config)}_{'_'.join(self.names)}_{self.data.name}"
         self.path = run_path(out, run_name)
-        self.listener = listener
 
     def run(self, *, resume: bool, overwrite: bool) -> RunResult:
         config, command = self.config, command_line()
@@ -170,15 +180,16 @@ class _Distillation:
         )
         with opened as (run, listener):
             write_environment(run, command)
+            trainings = self.method.stages(config, self.options)
+            names = [training.name for training in trainings]
             stages = Stages(
-                run,
-                listener,
-                ["fit_teacher", "distill", "package", "compare", *config.export.formats, "report"],
-                config,
+                run, listener, ["fit_teacher", *names, "package", "compare", *config.export.formats, "report"], config
             )
             self._say_choices(listener)
             self._fit_teachers(run, listener, stages)
-            student = self._distill(run, listener, stages)
+            student = self.student
+            for training in trainings:
+                student = self._train(student, training, run, listener, stages)
             if not run.writes:
                 return RunResult(run.path, {})
             return stages.finish(
@@ -186,8 +197,8 @@ class _Distillation:
                 list(zip(self.names, self.teachers, strict=True)),
                 data=self.data,
                 origin={
-                    "method": config.method,
-                    "options": config.options,
+                    "method": method_name(config),
+                    "options": config.options or {name: loss.model_dump() for name, loss in config.losses.items()},
                     "teachers": self.names,
                     "run": run.path.name,
                 },
@@ -203,7 +214,7 @@ class _Distillation:
         ):
             listener.message(text)
         listener.message(
-            f"Method {config.method}: {', '.join(self.names)} -> {self.student.architecture},"
+            f"Method {method_name(config)}: {', '.join(self.names)} -> {self.student.architecture},"
             f" {budget_text(config, self.data)}, views of {self.img_size[0]} x {self.img_size[1]} pixels"
         )
 
@@ -231,60 +242,48 @@ class _Distillation:
         run.wait_for_path(directory)
         self.teachers[number] = load_network(str(directory))
 
-    def _distill(self, run: RunDirectory, listener: Listener, stages: Stages) -> Network:
-        with stages.stage("distill", f"Distil into {self.student.architecture}") as todo:
-            if not todo and run.model.is_dir():
-                return load_network(str(run.model))
-            task = ClassificationTask(
-                num_classes=len(self.data.classes), label_smoothing=self.config.training.label_smoothing
-            )
-            options = build_options(self.method.Options, self.config.options)
+    def _train(
+        self, student: Network, training: TrainingStage, run: RunDirectory, listener: Listener, stages: Stages
+    ) -> Network:
+        """Run one training of the method, which goes on with the weights of the one before."""
+        kept = run.path / "stages" / training.name
+        with stages.stage(training.name, f"{training.title} into {student.architecture}") as todo:
+            if not todo and (run.model.is_dir() or kept.is_dir()):
+                return load_network(str(run.model if run.model.is_dir() else kept)).train()
+            config, data = stage_config(self.config, training), stage_data(self.data, training)
+            epochs = config.training.epochs
+            labels = open_labels(
+                config, data=data, teachers=self.teachers, temperature=self.method.label_temperature(self.options),
+                img_size=self.img_size, interpolation=student.input.interpolation, epochs=epochs, listener=listener,
+            )  # fmt: skip
+            task = ClassificationTask(num_classes=len(data.classes), label_smoothing=config.training.label_smoothing)
             build = partial(
-                self.method,
-                student=self.student,
-                teachers=self.teachers,
-                task=task,
-                config=self.config,
-                options=options,
+                self.method, student=student, teachers=self.teachers, task=task, config=config, options=self.options
             )
             module = fit(
-                lambda budget: build(budget=budget), data=self.data, config=self.config, student=self.student,
-                img_size=self.img_size, run=run, stage="distill", listener=listener,
+                lambda budget: build(budget=budget), data=data, config=config, student=student,
+                img_size=self.img_size, run=run, stage=training.name, listener=listener, epochs=epochs,
+                views=config.label_store, labels=labels,
             )  # fmt: skip
+            if run.writes and training != self.method.stages(self.config, self.options)[-1]:
+                save_package(
+                    module.deployed_student.cpu(), kept, task=data.task, classes=data.classes, metrics={}, origin={}
+                )
             return module.deployed_student
 
 
-def finetune_teacher(
-    teacher: Network,
-    directory: Path,
-    number: int,
-    data: DataSet,
-    config: DistillConfig,
-    run: RunDirectory,
-    listener: Listener,
-) -> None:
-    """Train a whole teacher on the data's labels and package it in ``directory``."""
-    from visionkd.hub.package import save_package
-    from visionkd.methods._supervised import Supervised
+def stage_config(config: DistillConfig, training: TrainingStage) -> DistillConfig:
+    """Return the configuration of one training of a method."""
+    changed = config.model_copy(deep=True)
+    assert changed.optimizer.lr is not None
+    changed.optimizer.lr *= training.lr_ratio
+    changed.training.epochs = training.epochs or config.training.epochs
+    return changed
 
-    settings: FitTeacherConfig = config.fit_teacher
-    tuned = config.model_copy(deep=True)
-    tuned.optimizer.lr = settings.lr or (config.optimizer.lr or 1e-3) / 10
-    teacher.reset_classifier(len(data.classes), data.classes)
-    task = ClassificationTask(num_classes=len(data.classes), label_smoothing=config.training.label_smoothing)
-    module = fit(
-        lambda budget: Supervised(student=teacher, task=task, config=tuned, budget=budget), data=data, config=tuned,
-        student=teacher, img_size=teacher.input.img_size, run=run, stage=f"finetune_teacher{number}", listener=listener,
-        epochs=settings.epochs,
-    )  # fmt: skip
-    if run.writes:
-        metrics = {name.removeprefix("val/"): value for name, value in module.epoch_metrics.items()}
-        origin = {"method": "finetune", "teacher": config.teachers[number].name}
-        save_package(
-            module.deployed_student.cpu(),
-            directory,
-            task=data.task,
-            classes=data.classes,
-            metrics=metrics,
-            origin=origin,
-        )
+
+def stage_data(data: DataSet, training: TrainingStage) -> DataSet:
+    """Return the data of one training of a method: all of it, or without the unlabelled images."""
+    if not training.labeled_only or "labeled" not in data.splits:
+        return data
+    splits = {**data.splits, "train": data.splits["labeled"]}
+    return replace(data, splits=splits, fingerprint=f"{data.fingerprint}.labeled")

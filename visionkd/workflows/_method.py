@@ -1,0 +1,109 @@
+"""Which method a run takes, with which options, and whether it suits the networks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from visionkd import registry
+from visionkd.config.load import build_options, options_problems
+from visionkd.config.schema import DistillConfig
+from visionkd.errors import Problem, RequestError
+from visionkd.methods._base import DistillationModule
+from visionkd.models.network import Network
+from visionkd.types import Listener
+from visionkd.workflows._request import METHODS
+
+COMBINED = "combined"
+
+
+def choose_method(
+    config: DistillConfig, *, student: Network, teachers: Sequence[Network], listener: Listener
+) -> tuple[type[DistillationModule], Any]:
+    """Return the method's class and options, and write what was decided into the configuration.
+
+    Raises:
+        RequestError: If there is no such method, its options are wrong, or it does not suit the networks.
+    """
+    if config.losses:
+        method, options = _combination(config)
+    else:
+        if config.method == "auto":
+            config.method, why = suggested_method(student=student, teachers=teachers)
+            if why:
+                listener.message(f"{why}, so the method is {config.method} (--method chooses another)")
+        method = registry.load(METHODS, config.method, key="--method").METHOD
+        if problems := options_problems(method.Options, config.options):
+            raise RequestError(problems)
+        options = build_options(method.Options, config.options)
+        config.options = asdict(options)
+    if config.augment.learned is not None:
+        from visionkd.methods._learned_augmentation import with_learned_augmentation
+
+        method = with_learned_augmentation(method)
+    given = {"student": student, "teachers": teachers, "config": config, "options": options}
+    if problems := method.check(**given):
+        raise RequestError(problems)
+    for text in method.warnings(**given):
+        listener.message(text, level="warning")
+    return method, options
+
+
+def suggested_method(*, student: Network, teachers: Sequence[Network]) -> tuple[str, str]:
+    """Return what ``--method auto`` takes, and why where it is not the usual one."""
+    if len(teachers) > 1:
+        return "meal_v2", f"There are {len(teachers)} teachers"
+    families = (teachers[0].family, student.family)
+    if families[0] != families[1] and "hybrid" not in families:
+        from visionkd.models.features import stages
+
+        try:
+            stages(student)
+        except RequestError:
+            return "kd", ""
+        return "ofa_kd", f"A teacher of the family '{families[0]}' teaches a student of the family '{families[1]}'"
+    return "kd", ""
+
+
+def _combination(config: DistillConfig) -> tuple[type[DistillationModule], Any]:
+    from visionkd.methods._combined import Combined, CombinedOptions, Part
+
+    parts, problems = [], []
+    known = registry.names(METHODS)
+    for name, loss in config.losses.items():
+        if name == "task_loss":
+            if loss.options:
+                problems.append(Problem(f"losses.{name}.options", "the labels' own loss has no options"))
+            continue
+        if name not in known:
+            problems.append(Problem(f"losses.{name}", "unknown method", f"Known: task_loss, {', '.join(known)}"))
+            continue
+        method = registry.load(METHODS, name, key="losses").METHOD
+        wrong = options_problems(method.Options, loss.options)
+        problems += [Problem(f"losses.{name}.{each.key}", each.message, each.hint) for each in wrong]
+        if not wrong:
+            parts.append(Part(name, method, build_options(method.Options, loss.options), loss.weight))
+    if config.method not in ("auto", COMBINED):
+        problems.append(Problem("method", f"'{config.method}' contradicts 'losses'", "Give one of the two."))
+    if not problems and not any(part.weight for part in parts):
+        problems.append(Problem("losses", "names no method with a weight above 0, so no teacher would be listened to"))
+    if config.options:
+        problems.append(Problem("options", "belong below each method's name in 'losses'"))
+    if problems:
+        raise RequestError(problems)
+    config.losses = {
+        name: loss if name == "task_loss" else loss.model_copy(update={"options": _options_of(parts, name)})
+        for name, loss in config.losses.items()
+    }
+    task_weight = config.losses["task_loss"].weight if "task_loss" in config.losses else 0.0
+    return Combined.of(parts), CombinedOptions(tuple(parts), task_weight)
+
+
+def _options_of(parts: Sequence[Any], name: str) -> dict[str, Any]:
+    return next(asdict(part.options) for part in parts if part.name == name)
+
+
+def method_name(config: DistillConfig) -> str:
+    """Return what a run's method is called: its name, or the names of those that are combined."""
+    return "+".join(name for name in config.losses if name != "task_loss") if config.losses else config.method
