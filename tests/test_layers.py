@@ -35,7 +35,7 @@ ROWS = {
 }
 TORCH = {"torch", "torchvision", "timm", "lightning", "torchmetrics", "safetensors"}
 #: The files of data/ that may import torch; the others serve a device without it.
-TORCH_DATA_FILES = {"transforms.py", "loader.py", "known.py", "cache.py", "mixing.py"}
+TORCH_DATA_FILES = {"transforms.py", "loader.py", "sampler.py", "known.py", "cache.py", "mixing.py"}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

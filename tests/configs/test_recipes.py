@@ -143,7 +143,9 @@ def test_what_a_recipe_needs_is_made_by_a_command_before_it(name: str) -> None:
 @pytest.mark.parametrize("name", GENERAL)
 def test_a_general_recipe_shows_every_key(name: str) -> None:
     values = yaml.safe_load(RECIPES[name].read_text("utf-8"))
-    assert sorted(set(schema_keys(type(config_of(name)))) - set(keys(values))) == []
+    elsewhere = ("augment.hard.", "losses.")  # the first are in hard.yaml, the second below each method's name
+    shown = {key for key in schema_keys(type(config_of(name))) if not key.startswith(elsewhere)}
+    assert sorted(shown - set(keys(values))) == []
     if "method" in values:
         options = method_options(values["method"])
         assert list(values["options"]) == list(getattr(options, "__dataclass_fields__"))  # noqa: B009 - a plain type

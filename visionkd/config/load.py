@@ -230,7 +230,9 @@ def _nearest_key(key: str, known: Sequence[str]) -> str:
     section, _, name = _schema_path(key).rpartition(".")
     here = [path.rsplit(".", 1)[-1] for path in known if path.rpartition(".")[0] == section]
     elsewhere = [path for path in known if path.rsplit(".", 1)[-1] == name]
-    if elsewhere:
+    if elsewhere:  # those nearest to the top: a setting of a setting is rarely what was meant
+        depth = min(path.count(".") for path in elsewhere)
+        elsewhere = [path for path in elsewhere if path.count(".") == depth]
         return f"Did you mean {' or '.join(repr(path) for path in elsewhere)}?"
     if near := did_you_mean(name, here):
         return near

@@ -17,6 +17,8 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 Precision = Annotated[
     Literal["32", "bf16", "16"], BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)
 ]
+# YAML reads on and off as truth values
+OnOff = BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value)
 
 
 class Strict(BaseModel):
@@ -313,7 +315,7 @@ class LabelStoreConfig(Strict):
         path: Directory of the store; None takes one in the cache directory that belongs to what is stored.
     """
 
-    mode: Literal["auto", "on", "off"] = "auto"
+    mode: Annotated[Literal["auto", "on", "off"], OnOff] = "auto"
     views: Positive | None = None
     view_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     storage: Literal["auto", "full", "top_k"] = "auto"

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from visionkd.data.folder import Names
-from visionkd.data.layout import Opened, fingerprint, read_layout
+from visionkd.data.layout import Labels, Opened, fingerprint, read_layout
 from visionkd.errors import DataError, UnreadableImageError
 from visionkd.files import replacing
 from visionkd.runtime.images import decode_rgb
@@ -141,8 +141,12 @@ def _unpack(content: bytes, method: int, size: int) -> bytes:
     return content
 
 
-def open_archive(path: str | os.PathLike[str]) -> Opened:
+def open_archive(path: str | os.PathLike[str], *, labels: Labels = "required") -> Opened:
     """Open a tar, compressed tar or zip of classes, or of splits of classes.
+
+    Args:
+        path: The archive.
+        labels: What to do without class folders; see :func:`visionkd.data.layout.read_layout`.
 
     Raises:
         DataError: If it is no archive, is damaged, or holds no usable images.
@@ -166,7 +170,7 @@ def open_archive(path: str | os.PathLike[str]) -> Opened:
         raise DataError(f"cannot read '{path}': {error.strerror.lower()}") from error
     except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, EOFError, ValueError, zlib.error) as error:
         raise _not_an_archive(path, error) from error
-    layout = read_layout([member.name for member in members], folders, where=os.fspath(path))
+    layout = read_layout([member.name for member in members], folders, where=os.fspath(path), labels=labels)
     messages = list(layout.messages)
     if left_out:
         messages.append(f"{left_out} members are left out: links, encrypted, oversized or named outside the archive.")

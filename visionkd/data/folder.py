@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from visionkd.data.layout import Opened, fingerprint, read_layout
+from visionkd.data.layout import Labels, Opened, fingerprint, read_layout
 from visionkd.errors import DataError, UnreadableImageError
 from visionkd.runtime.images import decode_rgb, walk
 
@@ -81,8 +81,12 @@ class FolderSource:
             raise UnreadableImageError(f"cannot read '{name}': {(error.strerror or str(error)).lower()}") from error
 
 
-def open_folder(path: str | os.PathLike[str]) -> Opened:
+def open_folder(path: str | os.PathLike[str], *, labels: Labels = "required") -> Opened:
     """Open a directory of classes, or of splits of classes.
+
+    Args:
+        path: The directory.
+        labels: What to do without class folders; see :func:`visionkd.data.layout.read_layout`.
 
     Raises:
         DataError: If it holds no usable images, or cannot be listed.
@@ -102,7 +106,7 @@ def open_folder(path: str | os.PathLike[str]) -> Opened:
             f"cannot list '{error.filename or where}': {(error.strerror or str(error)).lower()}",
             hint="Check the permissions of the folder and of those above it.",
         ) from error
-    layout = read_layout(files, folders, where=where)
+    layout = read_layout(files, folders, where=where, labels=labels)
     sources = {}
     parts = []
     for split, found in layout.splits.items():

@@ -9,6 +9,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -26,6 +27,11 @@ SPLIT_NAMES = {
     "testing": "test",
 }
 _EXPECTED = "Expected <split>/<class>/*.jpg with splits train, val and test, or <class>/*.jpg"
+_WITHOUT = "Images without labels are enough for 'visionkd distill --method ssld', which learns from the teacher alone"
+#: Class index of an image without a label.
+UNLABELED = -1
+#: Whether class folders must be there, may be, or are not looked for.
+Labels = Literal["required", "optional", "ignored"]
 # Folder names beside 'images' that hold the labels of other tasks.
 _MASKS = frozenset(("masks", "mask", "labels", "label", "segmentationclass", "gt", "gtfine", "annotations", "annot"))
 
@@ -36,7 +42,7 @@ class Opened:
 
     Attributes:
         name: Short name.
-        classes: Class names in index order.
+        classes: Class names in index order; empty where no image has a label.
         sources: Sources by split; a flat data set has the one key ``all``.
         fingerprint: SHA-256 over the samples.
         messages: What was left out, to be said aloud.
@@ -73,13 +79,17 @@ class Layout:
     messages: list[str] = field(default_factory=list)
 
 
-def read_layout(files: Sequence[str], folders: Iterable[str], *, where: str) -> Layout:
+def read_layout(
+    files: Sequence[str], folders: Iterable[str], *, where: str, labels: Labels = "required"
+) -> Layout:
     """Find splits and classes in a list of paths.
 
     Args:
         files: Relative paths of all files, with forward slashes.
         folders: Relative paths of all folders, which tell empty classes.
         where: What to call the data in messages.
+        labels: ``required`` refuses images that lie in fewer than two class folders; ``optional`` takes them as
+            unlabelled; ``ignored`` takes every image, wherever it lies, as unlabelled.
 
     Raises:
         DataError: If there is no image, no class folder, or a class that training does not know.
@@ -88,6 +98,10 @@ def read_layout(files: Sequence[str], folders: Iterable[str], *, where: str) -> 
     paths = [path.split("/") for path in files]
     dirs = [path.split("/") for path in folders]
     images = [index for index, parts in enumerate(paths) if _is_image(parts)]
+    if labels == "ignored":
+        if not images:
+            raise DataError(f"no images in '{where}'", hint="Images of any format that Pillow reads, in any folders.")
+        return Layout((), {"all": _without_labels(images)})
     _refuse_other_tasks(paths, dirs, where)
     if not images:
         raise DataError(f"no images in '{where}'", hint=_EXPECTED)
@@ -100,6 +114,8 @@ def read_layout(files: Sequence[str], folders: Iterable[str], *, where: str) -> 
     prefix = paths[images[0]][:depth]
     dirs = [parts[depth:] for parts in dirs if parts[:depth] == prefix and len(parts) > depth]
     splits = {top: SPLIT_NAMES[top.lower()] for top in tree if top.lower() in SPLIT_NAMES and any(tree[top])}
+    if labels == "optional" and (unlabeled := _read_unlabeled(tree, splits)) is not None:
+        return unlabeled
     if splits:
         return _read_splits(tree, dirs, splits, where)
     return _read_flat(tree, dirs, where)
@@ -155,7 +171,12 @@ def _read_flat(tree, dirs: list[list[str]], where: str) -> Layout:
     messages = []
     loose = sum(len(found) for found in tree[""].values()) if "" in tree else 0
     if not named:
-        raise DataError(f"'{where}' holds {loose} images but no class folders", hint=_EXPECTED)
+        raise DataError(f"'{where}' holds {loose} images but no class folders", hint=f"{_EXPECTED}. {_WITHOUT}.")
+    if _are_splits(named):
+        raise DataError(
+            f"'{where}' holds images in {', '.join(sorted(named))}, but no class folders there",
+            hint=f"{_EXPECTED}. {_WITHOUT}.",
+        )
     if loose:
         messages.append(f"{loose} images outside the class folders are left out.")
     classes = tuple(sorted(named))
@@ -163,6 +184,31 @@ def _read_flat(tree, dirs: list[list[str]], where: str) -> Layout:
     if empty:
         messages.append(f"Folders without images are left out: {_some(empty)}.")
     return _checked(Layout(classes, {"all": _members(named, classes, empty)}, messages), where)
+
+
+def _are_splits(tops: Iterable[str]) -> bool:
+    """Whether all folders are named as splits: two classes 'train' and 'test' are nothing that anybody has."""
+    return all(top.lower() in SPLIT_NAMES for top in tops)
+
+
+def _read_unlabeled(tree, splits: dict[str, str]) -> Layout | None:
+    """Take images in fewer than two class folders as unlabelled, in their splits; None where there are classes."""
+    tops = [top for top in tree if top]
+    if not splits and tops and _are_splits(tops):
+        splits = {top: SPLIT_NAMES[top.lower()] for top in tops}
+    classes = {name for top in splits for name in tree[top] if name} if splits else set(tops)
+    if len(classes) > 1 or len(set(splits.values())) < len(splits):
+        return None
+    groups: dict[str, list[int]] = defaultdict(list)
+    for top, below in tree.items():
+        groups[splits.get(top, "") if splits else "all"] += [index for found in below.values() for index in found]
+    left_out = len(groups.pop("", ()))
+    messages = [f"{left_out} images outside {', '.join(sorted(splits))} are left out."] if left_out else []
+    return Layout((), {split: _without_labels(sorted(members)) for split, members in groups.items()}, messages)
+
+
+def _without_labels(images: Sequence[int]) -> SplitFiles:
+    return SplitFiles(np.array(images, dtype=np.int64), np.full(len(images), UNLABELED, dtype=np.int64))
 
 
 def _members(named: Mapping[str, list[int]], classes: tuple[str, ...], empty: tuple[str, ...]) -> SplitFiles:
@@ -174,7 +220,8 @@ def _members(named: Mapping[str, list[int]], classes: tuple[str, ...], empty: tu
 def _checked(layout: Layout, where: str) -> Layout:
     if len(layout.classes) < 2:
         raise DataError(
-            f"'{where}' has one class, '{layout.classes[0]}'; a classifier needs at least two", hint=_EXPECTED
+            f"'{where}' has one class, '{layout.classes[0]}'; a classifier needs at least two",
+            hint=f"{_EXPECTED}. {_WITHOUT}.",
         )
     return layout
 

@@ -69,9 +69,7 @@ class LearnedAugmentation(DistillationModule):
         problems = super().check(student=student, teachers=teachers, config=config, options=options)
         more = cls.needs - {"probabilities", "gradients"}
         if more:
-            message = (
-                f"'hard' goes with methods that learn from the teacher's answers; this one needs its {', '.join(more)}"
-            )
+            message = f"'hard' goes with methods that learn from the teacher's answers; this one needs its {', '.join(sorted(more))}"
             problems.append(Problem("augment.learned", message, "Take --method kd, or leave the augmentation out."))
         if not teachers:
             problems.append(Problem("augment.learned", "'hard' needs a teacher", "Use it with 'visionkd distill'."))

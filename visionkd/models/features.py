@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from visionkd.errors import RequestError
 from visionkd.models.network import Network
-from visionkd.models.stages import Plan, Stage, Tap, as_map, four_stages, has_class_token, plan_of, stages
+from visionkd.models.stages import Plan, Stage, Tap, as_map, final_width, four_stages, has_class_token, plan_of, stages
 from visionkd.types import Output
 
-__all__ = ["FeatureOutput", "Stage", "extract", "four_stages", "has_class_token", "stages"]
+__all__ = ["FeatureOutput", "Stage", "extract", "final_width", "four_stages", "has_class_token", "stages"]
 
 
 @dataclass
@@ -87,7 +87,7 @@ def _from_hooks(net: nn.Module, image: Tensor, plan: Plan, taps: Sequence[Tap]) 
     finally:
         for handle in handles:
             handle.remove()
-    prefixes = tuple(seen[tap.name][:, : tap.prefix] for tap in taps if tap.prefix)
+    prefixes = tuple(seen[tap.name][:, : tap.prefix] for tap in taps) if all(tap.prefix for tap in taps) else ()
     return FeatureOutput(
         logits,
         tuple(as_map(seen[tap.name], tap) for tap in taps),

@@ -140,6 +140,12 @@ def has_class_token(network: Network) -> bool:
     return bool(taps) and all(tap.prefix > 0 for tap in taps) and own is not None and own is not False
 
 
+def final_width(network: Network) -> int:
+    """Return the width of the last features before pooling, which a hidden layer of the head may widen."""
+    width = getattr(network.net, "num_features", None)
+    return int(width) if isinstance(width, int) and width else network.embedding_dim
+
+
 # Looking at a network -------------------------------------------------------------------------------------------------
 
 

@@ -128,7 +128,9 @@ class LabelStore:
             store.close()
             raise
         if taken_over:
-            on_message(f"{taken_over:,} labels of a run that ended early were added to the label store {directory}")
+            on_message(
+                f"{taken_over:,} labels that an earlier run had left unmerged were added to the label store {directory}"
+            )
         return store
 
     def __enter__(self) -> LabelStore:

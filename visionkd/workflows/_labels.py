@@ -53,6 +53,8 @@ def resolve_label_store(
                 )
             )
         settings.mode = "off"
+    if settings.mode == "auto" and (config.augment.mixup_alpha or config.augment.cutmix_alpha):
+        settings.mode = "off"  # teachers that look at the mixed image say more than a mixture of what they said
     if settings.mode == "off":
         return []
     views = settings.views or max(_FEWEST_VIEWS, math.ceil(epochs / _EPOCHS_PER_VIEW), settings.views_per_image)
