@@ -88,6 +88,7 @@ class DataSet:
         splits: ``train`` and ``val`` where present, and whatever else was found (``test``).
         fingerprint: SHA-256 over the list of samples; changes when samples are added, removed or replaced.
         messages: Choices made on the user's behalf, to be said aloud.
+        note: What the targets of the validation split are, where they are not labels.
     """
 
     name: str
@@ -96,6 +97,7 @@ class DataSet:
     splits: Mapping[str, Source]
     fingerprint: str
     messages: tuple[str, ...] = ()
+    note: str = ""
 
 
 @dataclass(frozen=True)

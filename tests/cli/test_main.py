@@ -72,7 +72,7 @@ def test_a_group_alone_shows_its_help_and_is_a_wrong_request(run, argv: tuple[st
         (("distil",), "unknown command 'distil'. Did you mean 'distill'?"),
         (("evaluate", "x"), "unknown command 'evaluate'. Did you mean 'eval'?"),
         (("zzz",), "unknown command 'zzz'. Known: bench, configs, data"),
-        (("data", "chekc"), "unknown command 'chekc'. Did you mean 'check'?"),
+        (("data", "chekc"), "unknown command 'chekc'. Did you mean 'check'"),
         (("distill", "--studnet", "a"), "'--student'"),
         (("bench", "a", "--backend", "torhc,x"), "--backend: unknown name 'torhc'. Did you mean 'torch'?"),
         (("eval",), "MODEL: is required"),

@@ -65,7 +65,9 @@ def test_recovered_rows_are_distributions(seed, classes, k, scale, rest, half, w
     labels = recover_labels(indices, values, num_classes=classes, rest=rest, rest_mass=mass if with_mass else None)
     assert labels.dtype == torch.float32 and (labels >= 0).all()
     torch.testing.assert_close(labels.sum(1), torch.ones(3), rtol=0, atol=2e-6)
-    assert (labels.gather(1, indices[:, :1])[:, 0] >= labels.max(1).values - 1e-6).all(), "the first one stays first"
+    assert (labels.gather(1, indices[:, :1])[:, 0] >= labels.max(1).values - (1e-3 if half else 1e-6)).all(), (
+        "the first one stays first"
+    )
     stored = labels.gather(1, indices)
     if rest == "uniform":
         torch.testing.assert_close(stored, probs.gather(1, indices), rtol=0, atol=1e-3 if half else 2e-6)

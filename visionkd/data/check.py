@@ -205,7 +205,8 @@ def _class_problems(classes: tuple[str, ...], splits: Mapping[str, Source]) -> t
     empty: dict[str, None] = {}
     single: list[str] = []
     for split, source in splits.items():
-        counts = np.bincount(targets_of(source), minlength=len(classes))
+        targets = targets_of(source)
+        counts = np.bincount(targets[targets >= 0], minlength=len(classes))  # -1 has no label
         base = source.base if isinstance(source, SubsetSource) else source
         for name in getattr(base, "empty_classes", ()):
             empty[f"{split}: {name}"] = None

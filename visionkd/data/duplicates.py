@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -54,27 +54,19 @@ def signatures(source: Source, start: int = 0, stop: int | None = None) -> np.nd
     return np.concatenate(found) if found else np.zeros(0, SIGNATURE)
 
 
-def find_copies(
-    images: np.ndarray,
-    originals: np.ndarray,
-    *,
-    mirrored: bool = True,
-    progress: Callable[[int, int], None] | None = None,
-) -> np.ndarray:
+def find_copies(images: np.ndarray, originals: np.ndarray, *, mirrored: bool = True) -> np.ndarray:
     """Return, for each of ``images``, an original that it is a copy or near-duplicate of.
 
     Args:
         images: N of :data:`SIGNATURE`.
         originals: M of :data:`SIGNATURE`.
         mirrored: Find mirrored copies as well.
-        progress: Called with images done and images in all.
 
     Returns:
         Index of the most similar original, -1 where none is similar enough; N of int64.
     """
     found = _equal(images["digest"], originals["digest"])
     rest = np.flatnonzero((found < 0) & (images["digest"] != 0))
-    done = len(images) - len(rest)
     for block in _blocks(rest):
         best = np.full(len(block), -1.0, np.float32)
         for flip in (False, True) if mirrored else (False,):
@@ -85,9 +77,6 @@ def find_copies(
                 better = (score >= _SAME) & (score > best[row])
                 best[row[better]] = score[better]
                 found[block[row[better]]] = column[better]
-        done += len(block)
-        if progress is not None:
-            progress(done, len(images))
     return found
 
 

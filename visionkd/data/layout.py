@@ -79,9 +79,7 @@ class Layout:
     messages: list[str] = field(default_factory=list)
 
 
-def read_layout(
-    files: Sequence[str], folders: Iterable[str], *, where: str, labels: Labels = "required"
-) -> Layout:
+def read_layout(files: Sequence[str], folders: Iterable[str], *, where: str, labels: Labels = "required") -> Layout:
     """Find splits and classes in a list of paths.
 
     Args:
@@ -100,7 +98,9 @@ def read_layout(
     images = [index for index, parts in enumerate(paths) if _is_image(parts)]
     if labels == "ignored":
         if not images:
-            raise DataError(f"no images in '{where}'", hint="Images of any format that Pillow reads, in any folders.")
+            raise DataError(
+                f"no images in '{where}'", hint="Images in any folders will do, in any format that Pillow reads."
+            )
         return Layout((), {"all": _without_labels(images)})
     _refuse_other_tasks(paths, dirs, where)
     if not images:

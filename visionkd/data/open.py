@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable, Sequence
 
 from visionkd.config.schema import DataConfig
 from visionkd.data import known
 from visionkd.data.archive import open_archive
 from visionkd.data.folder import open_folder
-from visionkd.data.layout import Opened, fingerprint
+from visionkd.data.layout import Labels, Opened, fingerprint
 from visionkd.data.shapes import CLASSES, MAX_SIZE, MIN_SIZE, ShapesSource
 from visionkd.data.subset import SubsetSource, stratified_split, stratified_subset, targets_of
 from visionkd.errors import Problem, RequestError, did_you_mean
@@ -27,7 +28,13 @@ def known_names() -> tuple[str, ...]:
 
 
 def open_data(
-    path: str, *, config: DataConfig | None = None, seed: int = 0, img_size: int = 224, task: str = "auto"
+    path: str,
+    *,
+    config: DataConfig | None = None,
+    seed: int = 0,
+    img_size: int = 224,
+    task: str = "auto",
+    classes: Callable[[], Sequence[str]] | None = None,
 ) -> DataSet:
     """Open a data set.
 
@@ -37,6 +44,7 @@ def open_data(
         seed: Decides which samples are held out or kept where that is left to chance.
         img_size: Size of drawn scenes where ``config.shapes.size`` is None.
         task: ``auto`` or ``classification``; other tasks are refused.
+        classes: Gives the class names of images that have no labels, whose targets are then -1. None refuses such data.
 
     Returns:
         The data set. Splits are ``train`` and ``val`` where present, whatever else was found (``test``), and ``all``
@@ -51,14 +59,18 @@ def open_data(
     path = os.fspath(path)
     if task not in ("auto", "classification"):
         raise RequestError(Problem("--task", f"'{task}' is not supported yet by this version", "Use classification"))
-    opened = _open(path, config, img_size)
+    opened = _open(path, config, img_size, "required" if classes is None else "optional")
+    labeled = bool(opened.classes)
+    if classes is not None and not labeled:
+        opened = dataclasses.replace(opened, classes=tuple(classes()))
     splits, messages = _choose_splits(opened, config, seed)
     for split, limit in (("train", config.limit_train), ("val", config.limit_val)):
         if limit is not None and split in splits and limit < len(splits[split]):
             source = splits[split]
             splits[split] = stratified_subset(source, limit, seed=seed)
-            messages.append(f"{split} is limited to {limit} of {len(source)} images, spread over the classes.")
-            if limit < len(opened.classes):
+            spread = ", spread over the classes" if labeled else ""
+            messages.append(f"{split} is limited to {limit} of {len(source)} images{spread}.")
+            if labeled and limit < len(opened.classes):
                 messages.append(f"{limit} images cannot show all {len(opened.classes)} classes.")
     parts = [opened.fingerprint.encode()]
     if isinstance(splits.get("train"), SubsetSource):
@@ -74,18 +86,18 @@ def open_data(
     )
 
 
-def _open(path: str, config: DataConfig, img_size: int) -> Opened:
+def _open(path: str, config: DataConfig, img_size: int, labels: Labels) -> Opened:
     place = os.path.expanduser(path)
     if path in known_names():
         if not os.path.isdir(place) or not os.listdir(place):
             return _open_shapes(config, img_size) if path == SHAPES else known.open_known(path)
-        opened = open_folder(place)
+        opened = open_folder(place, labels=labels)
         said = f"'{path}' is taken as the directory of that name here, not as the known data set."
         return dataclasses.replace(opened, messages=(said, *opened.messages))
     if os.path.isdir(place):
-        return open_folder(place)
+        return open_folder(place, labels=labels)
     if os.path.exists(place):
-        return open_archive(place)
+        return open_archive(place, labels=labels)
     hint = did_you_mean(path, known_names()) if os.sep not in path else ""
     listing = "'visionkd data list' shows the known names."
     raise RequestError(
@@ -132,6 +144,7 @@ def _choose_splits(opened: Opened, config: DataConfig, seed: int) -> tuple[dict[
         return splits, ["There is no validation split: validating on test."] if "train" in splits else []
     whole = splits.pop("train", None) or splits["all"]
     targets = targets_of(whole)
+    labeled = bool((targets >= 0).any())
     train, val = stratified_split(targets, config.val_fraction, seed)
     splits["train"] = SubsetSource(whole, train)
     splits["all"] = whole
@@ -140,9 +153,10 @@ def _choose_splits(opened: Opened, config: DataConfig, seed: int) -> tuple[dict[
     said = []
     if len(val):
         splits["val"] = SubsetSource(whole, val)
+        share = f"{config.val_fraction:.0%}{' of each class' if labeled else ''}, seed {seed}"
         said.append(
             f"There is no validation split: {len(val)} of {len(whole)} images are held out, "
-            f"{config.val_fraction:.0%} of each class, seed {seed}; {len(train)} are left to train on."
+            f"{share}; {len(train)} are left to train on."
         )
     if single:
         shown = ", ".join(f"'{name}'" for name in single[:5]) + (f" and {len(single) - 5} more" if single[5:] else "")

@@ -49,7 +49,7 @@ def targets_of(source: Source) -> np.ndarray:
 
 
 def stratified_split(targets: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hold out a share of each class.
+    """Hold out a share of each class; unlabelled samples count as one class.
 
     A class with one sample stays in training; one with more gives at least one sample to each part.
 
@@ -65,10 +65,15 @@ def stratified_split(targets: np.ndarray, fraction: float, seed: int) -> tuple[n
     for label in np.unique(targets):
         members = np.flatnonzero(targets == label)
         count = min(max(1, round(len(members) * fraction)), len(members) - 1)
-        order = np.random.default_rng((seed, int(label))).permutation(len(members))
+        order = np.random.default_rng((seed, _entropy(label))).permutation(len(members))
         held_out.append(members[order[:count]])
     val = np.sort(np.concatenate(held_out)) if held_out else np.zeros(0, dtype=np.int64)
     return np.setdiff1d(np.arange(len(targets)), val, assume_unique=True), val
+
+
+def _entropy(label: int) -> int:
+    """A class index as entropy, which is never negative: -1 stands for samples without a label."""
+    return int(label) % (1 << 32)
 
 
 def stratified_limit(targets: np.ndarray, limit: int, seed: int) -> np.ndarray:
@@ -88,7 +93,7 @@ def stratified_limit(targets: np.ndarray, limit: int, seed: int) -> np.ndarray:
     tie = np.empty(len(targets))
     for label in np.unique(targets):
         members = np.flatnonzero(targets == label)
-        rng = np.random.default_rng((seed, 1, int(label)))
+        rng = np.random.default_rng((seed, 1, _entropy(label)))
         rank[members] = rng.permutation(len(members))
         # Where the last round cannot serve every class, chance decides which ones go without, not the alphabet.
         tie[members] = rng.random()

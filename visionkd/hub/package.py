@@ -28,6 +28,7 @@ def save_package(
     classes: Sequence[str] | None,
     metrics: Mapping[str, float],
     origin: Mapping[str, Any],
+    note: str = "",
 ) -> Path:
     """Write ``network`` as a packaged model; the directory is complete or absent, and replaces a former one.
 
@@ -38,6 +39,7 @@ def save_package(
         classes: Class names in output order; None takes the network's.
         metrics: Measured values by name, such as ``val/top1``.
         origin: How it came about: run, method, teachers, data, versions.
+        note: What the metrics are, where they are not what their names say.
     """
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -65,6 +67,7 @@ def save_package(
             "pretrained_tag": network.pretrained_tag,
             "task": task,
             "metrics": dict(metrics),
+            **({"metrics_note": note} if note else {}),
             "origin": {"visionkd": visionkd.__version__, **origin},
             "sha256": {WEIGHTS_FILE: sha256(temporary / WEIGHTS_FILE)},
         }

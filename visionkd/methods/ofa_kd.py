@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from visionkd.errors import Problem, RequestError
@@ -30,6 +30,11 @@ from visionkd.types import Output
 
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Above0 = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+OneOrMore = Annotated[
+    tuple[Above0, ...],
+    BeforeValidator(lambda given: given if isinstance(given, (list, tuple)) else (given,)),
+    Field(min_length=1, max_length=5),
+]
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class OFAKDOptions:
         exit_loss_weight: Weight of the sum over exits; 0 trains without them.
     """
 
-    exponent: Above0 | Annotated[tuple[Above0, ...], Field(min_length=1, max_length=5)] = 1.0
+    exponent: OneOrMore = (1.0,)
     temperature: Above0 = 1.0
     stages: tuple[Literal[1, 2, 3, 4], ...] | None = None
     readout: Literal["mean", "class_token"] = "mean"
@@ -73,12 +78,13 @@ class OFAKDOptions:
         Raises:
             ValueError: If another number of them is given.
         """
-        given = self.exponent if isinstance(self.exponent, tuple) else (self.exponent,)
+        given = self.exponent
         if len(given) == 1:
             return given * (num_exits + 1)
         if len(given) != num_exits + 1:
+            exits = f"{num_exits} exit" if num_exits == 1 else f"{num_exits} exits"
             raise ValueError(
-                f"exponent has {len(given)} values for {num_exits} exits:"
+                f"{len(given)} values of exponent for {exits}:"
                 f" give one, or {num_exits + 1}, the last one for the final logits"
             )
         return given

@@ -49,6 +49,11 @@ def _descriptions() -> dict[str, str]:
     return dict(ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True))
 
 
+def names_or_numbers(classes: Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """Return class names, and numbers where there are none."""
+    return tuple(classes) if classes else tuple(map(str, range(count)))
+
+
 def counted(number: int, noun: str) -> str:
     """Return ``1 class`` or ``2 classes``."""
     if number == 1:

@@ -62,13 +62,16 @@ class MapExit(nn.Module):
         self.blocks = nn.Sequential(
             *(SeparableBlock(before, after) for before, after in zip(widths, widths[1:], strict=False))
         )
+        self.pool_first = not count  # the convolution commutes with the mean, and one pixel is cheaper than all
         if not count:
             self.blocks.append(nn.Conv2d(channels, width, 1))
         self.head = nn.Linear(width, num_classes)
         self.apply(_initialize)
 
     def forward(self, feature: Tensor, prefix_tokens: Tensor | None = None) -> Tensor:
-        return self.head(self.blocks(feature).mean((2, 3)))
+        if self.pool_first:
+            feature = _pooled(feature)[:, :, None, None]
+        return self.head(_pooled(self.blocks(feature)))
 
 
 class PatchMerging(nn.Module):
@@ -165,6 +168,13 @@ class TokenExit(nn.Module):
             return self.head(self.blocks(tokens).mean(1))
         assert prefix_tokens is not None, "an exit that reads the class token is given it"
         return self.head(self.blocks(torch.cat([prefix_tokens, tokens], dim=1))[:, 0])
+
+
+def _pooled(feature: Tensor) -> Tensor:
+    """Return the mean over the pixels of B x C x H x W."""
+    if feature.is_contiguous(memory_format=torch.channels_last):
+        return feature.flatten(2).transpose(1, 2).mean(1)  # so that its gradient has channels last too
+    return feature.mean((2, 3))
 
 
 def num_merges(grid: tuple[int, int]) -> int:

@@ -200,6 +200,7 @@ class ReportData:
         environment: Versions, devices, commit; nested mappings are flattened.
         config: The run's resolved ``config.yaml`` as text.
         messages: What the run said, as (level, text); level ``info`` or ``warning``.
+        note: What accuracy means here, where it is not accuracy.
         preflight: Findings about the teacher, as (status, text); status ``ok``, ``warning``, ``error`` or another word.
         exports: Exported files.
         skipped: Images that could not be read, as (name, reason).
@@ -227,6 +228,7 @@ class ReportData:
     preflight: tuple[tuple[str, str], ...] = ()
     exports: tuple[ExportRow, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
+    note: str = ""
 
     def __post_init__(self) -> None:
         if self.evaluation is not None and self.classes:

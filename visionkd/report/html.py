@@ -71,7 +71,7 @@ def render_report(data: ReportData) -> str:
     context: dict[str, Any] = {
         "data": data,
         "version": visionkd.__version__,
-        "summary": summary_sentence(data.student, data.teachers, data.baseline),
+        "summary": summary_sentence(data.student, data.teachers, data.baseline, note=data.note),
         "facts": _facts(data),
         "who": _who(data),
         "models": models,

@@ -116,8 +116,15 @@ def _against_baseline(student: ModelRow, baseline: ModelRow | None) -> str:
     return f", and is {abs(gap):.2f}{NBSP}points {'above' if gap > 0 else 'below'} {other}"
 
 
-def summary_sentence(student: ModelRow, teachers: Sequence[ModelRow] = (), baseline: ModelRow | None = None) -> str:
-    """Return the run in one sentence; several teachers are represented by their most accurate one."""
+def summary_sentence(
+    student: ModelRow, teachers: Sequence[ModelRow] = (), baseline: ModelRow | None = None, *, note: str = ""
+) -> str:
+    """Return the run in one sentence; several teachers are represented by their most accurate one.
+
+    A ``note`` says that top-1 is no accuracy, since the targets are the teacher's answers.
+    """
+    if note and student.top1 is not None:
+        return f"The student gives the teacher's answer for {student.top1:.2f}{NBSP}% of the images. {note}."
     measured = [row for row in teachers if row.top1]
     if student.top1 is None:
         return "The student's accuracy was not measured." if teachers else "The accuracy was not measured."

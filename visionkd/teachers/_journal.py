@@ -69,7 +69,7 @@ def _batch_check(records: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(records).view(np.uint8), zlib.crc32(struct.pack("<q", len(records))))
 
 
-def read_journal(path: Path, fmt: RowFormat) -> tuple[np.ndarray, np.ndarray]:
+def read_journal(path: Path, fmt: RowFormat) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """Map a journal.
 
     Args:
@@ -77,31 +77,31 @@ def read_journal(path: Path, fmt: RowFormat) -> tuple[np.ndarray, np.ndarray]:
         fmt: Format of the rows.
 
     Returns:
-        Its records, mapped, and the int64 positions of those that are labels. Nothing after a batch that fails its
+        Its records, mapped, and the start and end of each sound batch among them. Nothing after a batch that fails its
         checksum counts.
     """
     count = path.stat().st_size // fmt.record.itemsize
     if not count:
-        return np.zeros(0, dtype=fmt.record), np.zeros(0, dtype=np.int64)
+        return np.zeros(0, dtype=fmt.record), []
     records: np.ndarray = np.memmap(path, dtype=fmt.record, mode="r", shape=(count,)).view(np.ndarray)
-    batches, start = [], 0
-    while start < count:
-        number, view, check, _ = records[start].item()
-        end = start + 1 + number
-        if view != _BATCH or number < 1 or end > count or _batch_check(records[start + 1 : end]) != check:
+    batches, place = [], 0
+    while place < count:
+        number, view, check, _ = records[place].item()
+        start, end = place + 1, place + 1 + number
+        if view != _BATCH or number < 1 or end > count or _batch_check(records[start:end]) != check:
             break
-        batches.append(np.arange(start + 1, end))
-        start = end
-    return records, np.concatenate(batches) if batches else np.zeros(0, dtype=np.int64)
+        batches.append((start, end))
+        place = end
+    return records, batches
 
 
 class Merger:
-    """Brings what journals hold into the order of shards. It takes about 20 bytes of memory for each label.
+    """Brings what journals hold into the order of shards. It takes 8 bytes of memory for each label, and twice a shard.
 
     Args:
         journals: Files, the oldest first.
         fmt: Format of the rows.
-        num_samples: Samples; labels beyond are passed over.
+        num_samples: Samples; labels of others are passed over.
         shard_rows: Samples of a block.
     """
 
@@ -109,34 +109,37 @@ class Merger:
         self.fmt = fmt
         self._blocks_of_view = -(-num_samples // shard_rows)
         self._shard_rows = shard_rows
-        self._sources: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._sources: list[tuple[np.ndarray, np.ndarray]] = []  # records, and the shard of each; -1: no label
         for journal in journals:
-            records, positions = read_journal(journal, fmt)
-            index, view = records["index"][positions], records["view"][positions]
-            valid = (index >= 0) & (index < num_samples) & (view >= 0)
-            shards = view[valid].astype(np.int64) * self._blocks_of_view + index[valid] // shard_rows
-            # Stable: within a shard, the order of the journal, which also reads it from front to back.
-            order = np.argsort(shards, kind="stable")
-            self._sources.append((records, positions[valid][order], shards[order]))
+            records, batches = read_journal(journal, fmt)
+            shards = np.full(len(records), -1, dtype=np.int64)
+            for start, end in batches:
+                index, view = records["index"][start:end], records["view"][start:end].astype(np.int64)
+                valid = (index >= 0) & (index < num_samples) & (view >= 0)
+                shards[start:end] = np.where(valid, view * self._blocks_of_view + index // shard_rows, -1)
+            self._sources.append((records, shards))
 
     def __len__(self) -> int:
         """Number of labels, repeated ones included."""
-        return sum(len(positions) for _, positions, _ in self._sources)
+        return sum(int(np.count_nonzero(shards >= 0)) for _, shards in self._sources)
 
     def shards(self) -> list[tuple[int, int]]:
         """View and block of every shard that something is to be merged into, in order."""
-        found = np.unique(np.concatenate([np.zeros(0, np.int64), *(np.unique(ids) for _, _, ids in self._sources)]))
-        return [divmod(int(shard), self._blocks_of_view) for shard in found]
+        found = {int(shard) for _, shards in self._sources for shard in _distinct(shards) if shard >= 0}
+        return [divmod(shard, self._blocks_of_view) for shard in sorted(found)]
 
     def block(self, view: int, block: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield what is to be merged into one shard: samples within the block, and their opaque rows.
 
         A later row counts where a sample is repeated, within a part and between parts.
         """
-        shard = view * self._blocks_of_view + block
-        for records, positions, shards in self._sources:
-            start, stop = np.searchsorted(shards, [shard, shard + 1])
-            if start < stop:
-                chosen = records.view(f"V{self.fmt.record.itemsize}").take(positions[start:stop])
-                chosen = chosen.view(self.fmt.record)
+        for records, shards in self._sources:
+            positions = np.flatnonzero(shards == view * self._blocks_of_view + block)
+            if len(positions):
+                chosen = records.view(f"V{self.fmt.record.itemsize}").take(positions).view(self.fmt.record)
                 yield chosen["index"] - block * self._shard_rows, chosen["row"]
+
+
+def _distinct(values: np.ndarray, *, step: int = 1 << 16) -> set[int]:
+    """Return the different values, without the sorted copy that np.unique makes of all of them."""
+    return {int(value) for start in range(0, len(values), step) for value in np.unique(values[start : start + step])}

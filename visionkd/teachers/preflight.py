@@ -28,7 +28,7 @@ class Preflight:
 
     Attributes:
         findings: In reading order.
-        top1: Accuracy in percent on the images looked at; None where its classes are not the data's.
+        top1: Accuracy in percent on the images looked at; None where they have no labels or other classes.
         num_images: Number of images looked at.
     """
 
@@ -55,7 +55,7 @@ def preflight(
     """
     teacher.to(device).eval().requires_grad_(False)
     findings = [Finding("ok", f"{name}: eval mode, frozen, sees {_describe_input(teacher)}")]
-    right = count = 0
+    right = count = labeled = 0
     share: list[Tensor] = []
     first: Tensor | None = None
     for images, targets in batches:
@@ -74,6 +74,7 @@ def preflight(
         share.append(logits.softmax(1).amax(1).cpu())
         if logits.shape[1] == num_classes:
             right += int((logits.argmax(1).cpu() == targets).sum())
+            labeled += int((targets >= 0).sum())
         count += len(targets)
     if first is None:
         raise WorkError(f"There are no images to look at {name} with.")
@@ -84,9 +85,12 @@ def preflight(
     if first.shape[1] != num_classes:
         findings.append(Finding("warning", f"{name}: has {first.shape[1]} classes, the data {num_classes}"))
         return Preflight(tuple(findings), None, count)
-    top1, chance = 100.0 * right / count, 1.0 / num_classes
-    bound = 100.0 * (chance + 2.0 * math.sqrt(chance * (1.0 - chance) / count))
-    text = f"{name}: {top1:.1f} % top-1 on {count} images (chance: {100 * chance:.1f} %)"
+    if not labeled:
+        findings.append(Finding("ok", f"{name}: the images have no labels, so its accuracy is not known"))
+        return Preflight(tuple(findings), None, count)
+    top1, chance = 100.0 * right / labeled, 1.0 / num_classes
+    bound = 100.0 * (chance + 2.0 * math.sqrt(chance * (1.0 - chance) / labeled))
+    text = f"{name}: {top1:.1f} % top-1 on {labeled} images (chance: {100 * chance:.1f} %)"
     if top1 > bound:
         findings.append(Finding("ok", text))
     else:

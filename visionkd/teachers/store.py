@@ -102,7 +102,7 @@ class LabelStore:
                 a newer format, or the directory holds other files.
             WorkError: If the disk is full.
         """
-        directory = Path(path)
+        directory = Path(path).expanduser()
         fmt = _row_format(num_classes, storage, top_k)
         if num_samples < 1 or num_classes < 1 or fmt.k < 1:
             raise ValueError(f"a store for {num_samples} samples, {num_classes} classes, top {top_k}")

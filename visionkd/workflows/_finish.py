@@ -45,7 +45,10 @@ def package(
         raise WorkError("No validation image could be read.", hint="List them with 'visionkd data check DATA'.")
     metrics = classification_metrics(answers.probs, answers.targets)
     scalars = {name: float(metrics[name]) for name in ("top1", "top5", "ece", "nll") if name in metrics}
-    save_package(student.cpu(), run.model, task=data.task, classes=data.classes, metrics=scalars, origin=dict(origin))
+    save_package(
+        student.cpu(), run.model, task=data.task, classes=data.classes, metrics=scalars, origin=dict(origin),
+        note=data.note,
+    )  # fmt: skip
     run.update(metrics={f"val/{name}": value for name, value in scalars.items()})
     if answers.skipped:
         listener.message(f"{len(answers.skipped)} unreadable validation images were left out", level="warning")
@@ -108,7 +111,8 @@ def compare(
     if source is not val:
         evaluations = replace(evaluations, indices=positions[evaluations.indices])
     evaluations.save(run.path / "evaluation.npz")
-    content = {"num_images": len(evaluations.targets), "rows": [{"model": row.model, **row.values} for row in rows]}
+    content: dict[str, Any] = {"note": data.note} if data.note else {}
+    content |= {"num_images": len(evaluations.targets), "rows": [{"model": row.model, **row.values} for row in rows]}
     write_text(run.path / "comparison.json", json.dumps(content, indent=2) + "\n")
     return tuple(rows)
 

@@ -237,10 +237,6 @@ class FillLabels(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         self._commit(trainer)
 
-    def teardown(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
-        pl_module.stored = None
-        self.labels.store.close()
-
     def _fill(self, trainer: Trainer, module: DistillationModule, views: Sequence[int], *, say: bool = False) -> None:
         store = self.labels.store
         absent = {view: store.missing(view) for view in views}

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -30,13 +30,22 @@ from visionkd.workflows.results import RunResult
 _LIBRARIES = ("torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "pillow", "onnx", "onnxruntime")
 
 
-def open_for_training(config: RunConfig, network: NetworkConfig) -> tuple[DataSet, Network]:
+def open_for_training(
+    config: RunConfig, network: NetworkConfig, *, classes: Callable[[], Sequence[str]] | None = None
+) -> tuple[DataSet, Network]:
     """Open the data and create the network that trains on it, with the data's classes.
+
+    Args:
+        config: Settings of the run.
+        network: What to create.
+        classes: Gives the class names of data without labels; None refuses such data.
 
     Raises:
         DataError: If there is nothing to train or to validate on.
     """
-    data = open_data(config.data.path, config=config.data, seed=config.data.split_seed, task=config.task)
+    data = open_data(
+        config.data.path, config=config.data, seed=config.data.split_seed, task=config.task, classes=classes
+    )
     created = seeded_network(network, data=data, seed=config.training.seed, role="student")
     if config.data.path == "shapes" and config.data.shapes.size is None:
         # scenes are drawn at the size that is looked at

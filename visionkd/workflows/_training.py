@@ -175,6 +175,9 @@ def fit(
                 f"The device ran out of memory: {str(error).splitlines()[0]}",
                 hint=f"Try --batch-size {max(1, training.batch_size // 2)}, or -o training.accumulate=2.",
             ) from error
+        finally:
+            if labels is not None:
+                labels.store.close()
     if trainer.interrupted:
         raise InterruptedRunError("Interrupted.", hint=f"Continue with --resume --out {run.path}")
     best = checkpoints.best_path

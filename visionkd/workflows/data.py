@@ -32,7 +32,11 @@ def check_data(*, data: str, options: Sequence[str] = (), listener: Listener | N
     """
     listener = listener or Listener()
     config = load_config(RunConfig, overrides={"data.path": data}, options=options)
-    dataset = open_data(config.data.path, config=config.data, seed=config.data.split_seed, task=config.task)
+    dataset = open_data(
+        config.data.path, config=config.data, seed=config.data.split_seed, task=config.task, classes=lambda: ()
+    )
+    if not dataset.classes:
+        listener.message("No image has a label: there are no class folders")
     for text in dataset.messages:
         listener.message(text)
     return check(dataset, progress=lambda done, total: listener.progress(Progress("check", done, total)))

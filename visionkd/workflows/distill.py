@@ -7,9 +7,11 @@ from dataclasses import replace
 from functools import partial
 
 from visionkd.config.schema import DistillConfig
+from visionkd.data.unlabeled import with_unlabeled
 from visionkd.errors import Problem, RequestError
 from visionkd.hub.package import save_package
 from visionkd.methods._stage import TrainingStage
+from visionkd.models.classes import names_or_numbers
 from visionkd.models.network import Network
 from visionkd.tasks.classification import ClassificationTask
 from visionkd.types import DataSet, Listener
@@ -28,6 +30,8 @@ from visionkd.workflows._request import build_config, check_mode, command_line, 
 from visionkd.workflows._rundir import RunDirectory, open_run
 from visionkd.workflows._stages import Stages, data_text, open_for_training, write_environment
 from visionkd.workflows._training import budget_text, check_compute, fit, resolve_training, run_path
+from visionkd.workflows._unlabeled import STAGE as UNLABELED
+from visionkd.workflows._unlabeled import check_unlabeled, needs_preparation, open_pool, prepare_unlabeled
 from visionkd.workflows.results import RunResult
 
 
@@ -144,16 +148,17 @@ class _Distillation:
             load_network(config.report.baseline)  # fails now rather than after the training
         if problems:
             raise RequestError(problems)
-        self.data, self.student = open_for_training(config, config.student)
-        seed = config.training.seed
-        self.teachers = [
-            seeded_network(spec, data=None, seed=seed, role=f"teacher{number}")
-            for number, spec in enumerate(config.teachers)
-        ]
+        self.pool = open_pool(config)
+        self.teachers: list[Network] = []
+        self.data, self.student = open_for_training(config, config.student, classes=self._teacher_classes)
+        self._load_teachers()
         for spec, teacher in zip(config.teachers, self.teachers, strict=True):
             check_fit(teacher, self.data, config, name=spec.name)
         self.method, self.options = choose_method(
             config, student=self.student, teachers=self.teachers, listener=listener
+        )
+        check_unlabeled(
+            config, self.data, method_name(config), uses_labels=self.method.uses_labels, teachers=self.teachers
         )
         if self.data.task not in self.method.tasks:
             raise RequestError(
@@ -167,11 +172,24 @@ class _Distillation:
         sizes = [network.input.img_size for network in (self.student, *self.teachers)]
         self.img_size = (max(height for height, _ in sizes), max(width for _, width in sizes))
         resolve_training(config, img_size=max(self.img_size), weight_decay=self.method.default_weight_decay)
-        for text in resolve_label_store(config, self.method, self.options, self.data):
+        most = self.data if self.pool is None else with_unlabeled(self.data, self.pool)
+        for text in resolve_label_store(config, self.method, self.options, most):
             listener.message(text)
         self.names = [spec.name for spec in config.teachers]
         run_name = f"{self.student.architecture}.{method_name(config)}_{'_'.join(self.names)}_{self.data.name}"
         self.path = run_path(out, run_name)
+
+    def _load_teachers(self) -> None:
+        if not self.teachers:
+            self.teachers = [
+                seeded_network(spec, data=None, seed=self.config.training.seed, role=f"teacher{number}")
+                for number, spec in enumerate(self.config.teachers)
+            ]
+
+    def _teacher_classes(self) -> tuple[str, ...]:
+        """Names for the classes of data that has no labels."""
+        self._load_teachers()
+        return names_or_numbers(self.teachers[0].classes, self.teachers[0].num_classes)
 
     def run(self, *, resume: bool, overwrite: bool) -> RunResult:
         config, command = self.config, command_line()
@@ -182,11 +200,16 @@ class _Distillation:
             write_environment(run, command)
             trainings = self.method.stages(config, self.options)
             names = [training.name for training in trainings]
+            if needs_preparation(self.data, self.pool):
+                names.insert(0, UNLABELED)
             stages = Stages(
                 run, listener, ["fit_teacher", *names, "package", "compare", *config.export.formats, "report"], config
             )
             self._say_choices(listener)
             self._fit_teachers(run, listener, stages)
+            if UNLABELED in names:
+                self._prepare_unlabeled(run, listener, stages)
+            self._say_method(listener)
             student = self.student
             for training in trainings:
                 student = self._train(student, training, run, listener, stages)
@@ -213,6 +236,9 @@ class _Distillation:
             *(note for teacher in self.teachers for note in teacher.notes),
         ):
             listener.message(text)
+
+    def _say_method(self, listener: Listener) -> None:
+        config = self.config
         listener.message(
             f"Method {method_name(config)}: {', '.join(self.names)} -> {self.student.architecture},"
             f" {budget_text(config, self.data)}, views of {self.img_size[0]} x {self.img_size[1]} pixels"
@@ -234,6 +260,14 @@ class _Distillation:
                     findings += [[finding.status, finding.text] for finding in found.findings]
             if todo:
                 run.update(preflight=findings)
+
+    def _prepare_unlabeled(self, run: RunDirectory, listener: Listener, stages: Stages) -> None:
+        with stages.stage(UNLABELED, "Look at the unlabelled images") as todo:
+            if todo and not run.writes:
+                run.wait_for(UNLABELED)
+            self.data = prepare_unlabeled(
+                self.data, self.pool, self.teachers, config=self.config, run=run, listener=listener
+            )
 
     def _finetune(self, number: int, run: RunDirectory, listener: Listener) -> None:
         directory = run.path / "teachers" / str(number)

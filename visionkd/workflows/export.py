@@ -18,6 +18,7 @@ from visionkd.errors import Problem, RequestError
 from visionkd.export.onnx import export_onnx
 from visionkd.export.verify import Verification, verify_onnx
 from visionkd.files import check_writable, write_text
+from visionkd.models.classes import names_or_numbers
 from visionkd.models.network import Network
 from visionkd.models.package_file import read_card
 from visionkd.runtime.session import is_model_file
@@ -80,8 +81,9 @@ def export(
     if data is not None or run is not None:
         config = data_config(data, run=run)
         dataset: DataSet = open_data(
-            config.data.path, config=config.data, seed=config.data.split_seed, img_size=max(network.input.img_size)
-        )
+            config.data.path, config=config.data, seed=config.data.split_seed, img_size=max(network.input.img_size),
+            classes=lambda: names_or_numbers(network.classes, network.num_classes),
+        )  # fmt: skip
         _, source = choose_split(dataset, None, trained_here=data is None)
         columns, _ = match_classes(network.classes, dataset.classes, network.num_classes, model)
     return export_network(
@@ -150,7 +152,8 @@ def _verification_images(
     ]
     if not batches:
         raise RequestError("None of the images to compare on can be read.", hint="Give other data with --data.")
-    return torch.cat([batch["image"] for batch in batches]), torch.cat([batch["target"] for batch in batches])
+    targets = torch.cat([batch["target"] for batch in batches])
+    return torch.cat([batch["image"] for batch in batches]), targets if (targets >= 0).all() else None
 
 
 def _record(path: Path, result: ExportResult) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,8 @@ def report(
     rows = comparison["rows"]
     exports = tuple(ExportRow(**_known(ExportRow, row)) for row in _read_json(path / "export" / "export.json") or ())
     exported_latency = _read_json(path / "export" / "latency.json") or {}
-    student = _model_row(rows[0], note="", latency_ms=exported_latency)
+    about = "agreement with the teacher, not accuracy" if comparison.get("note") else ""
+    student = _model_row(rows[0], note=about, latency_ms=exported_latency)
     baseline_rows, baseline_probs = _of_role(rows, "baseline"), evaluations.probs.get("baseline")
     if baseline is not None:
         baseline_rows, baseline_probs = _baseline(baseline, evaluations)
@@ -80,7 +81,7 @@ def report(
         run=path.resolve().name,
         created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         student=student,
-        teachers=tuple(_model_row(row, note="") for row in _of_role(rows, "teacher")),
+        teachers=tuple(_model_row(row, note=about) for row in _of_role(rows, "teacher")),
         baseline=_model_row(baseline_rows[0], note="trained alone") if baseline_rows else None,
         command=environment.get("command", ""),
         data=str(card.get("origin", {}).get("data", config["data"]["path"])),
@@ -96,12 +97,13 @@ def report(
             baseline_probs,
             evaluations.names,
         ),
-        thumbnail=_thumbnails(path, evaluations, listener),
+        thumbnail=_thumbnails(path, evaluations, listener, card.get("classes") or ()),
         environment=environment,
         config=config_text,
         messages=tuple((level, text) for level, text in status.get("messages", ())),
         preflight=tuple((state, text) for state, text in status.get("preflight", ())),
         exports=exports,
+        note=comparison.get("note", ""),
     )
     write_text(file, render_report(data))
     return ReportResult(file)
@@ -137,11 +139,12 @@ def _curves(run: Path) -> Curves | None:
     return Curves.read(file) if file.is_file() else None
 
 
-def _thumbnails(path: Path, evaluations: Evaluations, listener: Listener) -> Any:
+def _thumbnails(path: Path, evaluations: Evaluations, listener: Listener, classes: Sequence[str]) -> Any:
     """Return what gives the picture of an evaluated sample, None where the data is gone."""
     config = data_config(None, run=path)
     try:
-        source = open_data(config.data.path, config=config.data, seed=config.data.split_seed).splits["val"]
+        data = open_data(config.data.path, config=config.data, seed=config.data.split_seed, classes=lambda: classes)
+        source = data.splits["val"]
     except (VisionKDError, KeyError) as error:
         listener.message(f"The report is without pictures: {error}", level="warning")
         return None

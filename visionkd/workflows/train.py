@@ -14,6 +14,7 @@ from visionkd.workflows._request import build_config, check_mode, command_line, 
 from visionkd.workflows._rundir import open_run
 from visionkd.workflows._stages import Stages, data_text, open_for_training, write_environment
 from visionkd.workflows._training import budget_text, check_compute, fit, resolve_training, run_path
+from visionkd.workflows._unlabeled import check_unlabeled
 from visionkd.workflows.results import RunResult
 
 
@@ -67,6 +68,7 @@ def train(
     if problems := check_compute(settings):
         raise RequestError(problems)
     dataset, network = open_for_training(settings, settings.model)
+    check_unlabeled(settings, dataset, "supervised training", uses_labels=True)
     resolve_training(settings, img_size=max(network.input.img_size))
     path = run_path(out, f"{network.architecture}.train_{dataset.name}")
     command = command_line()
