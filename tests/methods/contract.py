@@ -49,6 +49,8 @@ class MethodContract:
     teacher_names: tuple[str, ...] = ("cifar_resnet8",)
     student_name = "cifar_resnet8"
     options: dict = {}
+    #: Terms that are another thing when a label store stands for the teachers.
+    differ_when_stored: tuple[str, ...] = ()
 
     def build(self, **training) -> DistillationModule:
         config = DistillConfig(
@@ -125,6 +127,20 @@ class MethodContract:
             value.numel() for part in (module.student, module.projectors) for value in part.state_dict().values()
         )
         assert state_size == trained
+
+    def test_stored_probabilities_can_stand_for_the_teachers(self):
+        module, batch = self.build(), tiny_batch()
+        if not module.can_store_labels(module.options):
+            pytest.skip(f"'{self.name}' needs its teachers in every step")
+        image = module.on_after_batch_transfer(batch, 0)["image"]
+        with torch.no_grad():
+            probs = module.soft_label(module.teacher_outputs(image))
+            online = module.loss_terms(image, batch["target"])
+            module.__dict__["_teacher_forwards"] = None  # nobody may ask them now
+            stored = module.loss_terms(image, batch["target"], probs)
+        assert online.keys() == stored.keys()
+        same = [name for name in online if torch.allclose(online[name], stored[name], rtol=1e-4, atol=1e-6)]
+        assert set(online) - set(same) <= set(self.differ_when_stored)
 
     def test_steps_reduce_the_loss(self):
         module, batch = self.build(), tiny_batch()

@@ -178,7 +178,7 @@ def test_a_run_killed_while_it_fills_the_store_resumes_to_the_same_bits(tmp_path
 
     def start(out: str, resume: str) -> subprocess.Popen:
         return subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(tmp_path / out), options.replace("=4000", "=480"), resume]
+            [sys.executable, "-c", SCRIPT, str(tmp_path / out), options.replace("=4000", "=240"), resume]
         )
 
     assert start("whole", "new").wait(timeout=300) == 0

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from _reference.base import Case, Check, Comparison
+from visionkd.data.transforms import RESAMPLING, pixel_box, resized_crop
 from visionkd.losses.distillation import average_probabilities, soft_cross_entropy
 from visionkd.losses.label_storage import Rest, recover_labels, top_k_labels
 
@@ -75,6 +77,21 @@ def _labels(case: Case) -> Iterator[Comparison]:
     yield Comparison("grad_student_logits", student.grad, case.arrays["grad_student_logits"])
 
 
+def _replay(case: Case) -> Iterator[Comparison]:
+    image = Image.fromarray(case.arrays["image_uint8"])
+    side = int(case.hyper["student_size"])
+    boxes, views = [], []
+    for fractions, flip in zip(case.arrays["coords_top_left_height_width_fraction"], case.arrays["flip"], strict=True):
+        left, top, width, height = pixel_box(tuple(map(float, fractions)), height=image.height, width=image.width)
+        boxes.append((top, left, height, width))
+        view = resized_crop(image, (left, top, width, height), img_size=(side, side), resample=RESAMPLING["bilinear"])
+        views.append(np.asarray(view)[:, ::-1] if flip else np.asarray(view))
+    expected = case.arrays["student_view_uint8"].astype(np.float32)
+    yield Comparison("boxes in pixels", np.array(boxes), case.arrays["crop_pixels_top_left_height_width"])
+    yield Comparison("student views, grey levels", np.stack(views).astype(np.float32), expected, rtol=0.0, atol=1.0)
+
+
 CHECKS = [
+    Check("FKD replay", lambda case: case.has("image_uint8", "student_view_uint8"), _replay),
     Check("FKD labels", lambda case: case.has("teacher_logits", "stored_label", "recovered_label"), _labels),
 ]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from _reference.base import Case, Check, Comparison
 
+from _reference.base import Case, Check, Comparison
 from visionkd.losses.disagreement import augmentor_loss, divergence, log_probabilities
 from visionkd.losses.distillation import average_probabilities, kd_loss
-from visionkd.methods._augmentors import translations, warp
+from visionkd.methods._augmentors import matrices, warp
 
 
 def _divergence(case: Case) -> Iterator[Comparison]:
@@ -30,8 +30,7 @@ def _divergence(case: Case) -> Iterator[Comparison]:
 
 def _affine(case: Case) -> Iterator[Comparison]:
     image, parameter = case.tensor("image"), case.tensor("theta_parameter", requires_grad=True)
-    values = parameter.reshape(len(image), -1)
-    theta = translations(values) if case.hyper["mode"] == "translation" else values.view(-1, 2, 3)
+    theta = matrices(parameter.reshape(len(image), -1))
     warped = warp(image, theta)
     weights = torch.linspace(-1, 1, warped.numel(), dtype=warped.dtype).view_as(warped)
     (warped * weights).sum().backward()
@@ -66,17 +65,12 @@ def _objective(case: Case) -> Iterator[Comparison]:
     yield Comparison("grad_student_weight", student.grad, case.arrays["grad_student_weight"])
 
 
-def _of_hard(case: Case) -> bool:
-    return "T^2 * KL(" in case.what and "predecessor" in case.what
-
-
 CHECKS = [
     Check(
         "HARD divergence",
         lambda case: (
-            _of_hard(case)
+            "KnowledgeDistillation.rep_distance" in case.produced_by
             and case.has("student_logits", "teacher_logits", "loss", "grad_student_logits")
-            and "T" in case.hyper
         ),
         _divergence,
     ),

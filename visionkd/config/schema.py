@@ -98,7 +98,7 @@ class HardAugmentConfig(Strict):
     Attributes:
         augmentors: Applied one after the other: ``affine`` (a learned distribution of 2 x 3 matrices), ``color``, ``mix``
             (learned weights of existing augmentations), ``vdvae`` (edits in the latents of a small autoencoder).
-        affine: ``full`` matrices, or only their ``translation``.
+        affine: ``full`` matrices, or only their ``translation``, or only their ``linear`` part.
         batch: ``split`` augments a part of each batch's images, ``both`` shows every image clean and augmented, which
             costs twice as much.
         share: Part of the student's loss that comes from augmented images, and of a split batch that is augmented.
@@ -126,7 +126,7 @@ class HardAugmentConfig(Strict):
         "affine",
         "color",
     )
-    affine: Literal["full", "translation"] = "full"
+    affine: Literal["full", "translation", "linear"] = "full"
     batch: Literal["split", "both"] = "split"
     share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     disagreement_weight: NonNegative = 1.0

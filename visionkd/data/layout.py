@@ -98,9 +98,7 @@ def read_layout(files: Sequence[str], folders: Iterable[str], *, where: str, lab
     images = [index for index, parts in enumerate(paths) if _is_image(parts)]
     if labels == "ignored":
         if not images:
-            raise DataError(
-                f"no images in '{where}'", hint="Images in any folders will do, in any format that Pillow reads."
-            )
+            raise DataError(f"no images in '{where}'", hint="Any folders will do, with images that Pillow reads.")
         return Layout((), {"all": _without_labels(images)})
     _refuse_other_tasks(paths, dirs, where)
     if not images:

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from visionkd.data import known
 from visionkd.data.archive import open_archive
 from visionkd.data.folder import open_folder
-from visionkd.data.layout import Opened, fingerprint
+from visionkd.data.layout import UNLABELED, Opened, fingerprint
 from visionkd.data.subset import SubsetSource, targets_of
 from visionkd.errors import Problem, RequestError
 from visionkd.types import DataSet, Source
@@ -83,7 +84,7 @@ def open_unlabeled(path: str | os.PathLike[str], *, key: str = "--unlabeled") ->
     """Open a directory or an archive of images, in whatever folders they lie.
 
     Args:
-        path: Directory or archive.
+        path: Directory or archive; or the name of a known data set, of which the training images are taken.
         key: What to call the setting in messages.
 
     Returns:
@@ -98,6 +99,11 @@ def open_unlabeled(path: str | os.PathLike[str], *, key: str = "--unlabeled") ->
         return open_folder(place, labels="ignored")
     if os.path.exists(place):
         return open_archive(place, labels="ignored")
+    if path in known.names():
+        opened = known.open_known(str(path))
+        source = opened.sources.get("train") or opened.sources["all"]
+        hidden = RelabeledSource(source, np.full(len(source), UNLABELED))
+        return replace(opened, classes=(), sources={"all": hidden})
     raise RequestError(Problem(key, f"'{path}' does not exist", "Give a directory of images, or an archive of one."))
 
 

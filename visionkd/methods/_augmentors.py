@@ -76,10 +76,18 @@ class Gaussians(nn.Module):
         self.log_std.clamp_(torch.tensor(_LEAST_STD).log().item(), torch.tensor(self.max_std).log().item())
 
 
-def translations(shifts: Tensor) -> Tensor:
-    """Return the matrices B x 2 x 3 of shifts B x 2, in half widths and heights of the image."""
-    linear = torch.eye(2, dtype=shifts.dtype, device=shifts.device).expand(len(shifts), 2, 2)
-    return torch.cat([linear, shifts.unsqueeze(2)], dim=2)
+def matrices(values: Tensor) -> Tensor:
+    """Return B x 2 x 3 matrices of B x 6 entries, of B x 4 without a shift, or of B x 2 shifts alone.
+
+    A shift of 1 is half the width or height of the image.
+    """
+    count = values.shape[1]
+    if count == 6:
+        return values.view(-1, 2, 3)
+    identity = torch.eye(2, dtype=values.dtype, device=values.device).expand(len(values), 2, 2)
+    linear = values.view(-1, 2, 2) if count == 4 else identity
+    shift = values if count == 2 else torch.zeros_like(values[:, :2])
+    return torch.cat([linear, shift.unsqueeze(2)], dim=2)
 
 
 def warp(image: Tensor, theta: Tensor) -> Tensor:
@@ -94,38 +102,45 @@ def warp(image: Tensor, theta: Tensor) -> Tensor:
 
 
 class AffineAugmentor(Augmentor):
-    """A learned Gaussian over 2 x 3 matrices around the identity, or over translations alone."""
+    """A learned Gaussian over 2 x 3 matrices around the identity, or over their shift or linear part alone."""
+
+    NAMES = (("xx", "xy", "x"), ("yx", "yy", "y"))
+    TITLES = {
+        "x": ("shift across, % of width", 50.0),
+        "y": ("shift down, % of height", 50.0),
+        "xx": ("stretch across, %", 100.0),
+        "yy": ("stretch down, %", 100.0),
+    }
+    identity: Tensor
 
     def __init__(self, config: HardAugmentConfig) -> None:
         super().__init__()
-        self.full = config.affine == "full"
         linear, shift = _MOST_LINEAR, config.max_shift
-        bounds = (linear, linear, shift, linear, linear, shift) if self.full else (shift, shift)
-        self.values = Gaussians(bounds, std=config.std, max_std=config.max_std)
+        columns = {"full": (0, 1, 2), "translation": (2,), "linear": (0, 1)}[config.affine]
+        bounds, identity = torch.tensor([[linear, linear, shift]] * 2), torch.eye(2, 3)
+        self.names = [self.NAMES[row][column] for row in range(2) for column in columns]
+        self.register_buffer("identity", identity[:, columns].flatten())
+        self.values = Gaussians(bounds[:, columns].flatten().tolist(), std=config.std, max_std=config.max_std)
 
     def forward(self, image: Tensor, generator: Generator) -> Tensor:
-        drawn = self.values(len(image), generator)
-        if not self.full:
-            return warp(image, translations(drawn))
-        return warp(image, drawn.view(-1, 2, 3) + torch.eye(2, 3, dtype=drawn.dtype, device=drawn.device))
+        return warp(image, matrices(self.identity + self.values(len(image), generator)))
 
     def constrain(self) -> None:
         self.values.constrain()
 
     def summary(self) -> dict[str, dict[str, float]]:
         mean, std = self.values.mean.detach().tolist(), self.values.log_std.detach().exp().tolist()
-        across, down = (2, 5) if self.full else (0, 1)
-        found = {  # the matrix leads from output to input: what it adds moves the picture the other way
-            "shift across, % of width": {"mean": -50.0 * mean[across], "std": 50.0 * std[across]},
-            "shift down, % of height": {"mean": -50.0 * mean[down], "std": 50.0 * std[down]},
+        by_name = {name: (m, s) for name, m, s in zip(self.names, mean, std, strict=True)}
+        # the matrix leads from output to input: what it adds moves the picture the other way
+        found = {
+            title: {"mean": -scale * by_name[name][0], "std": scale * by_name[name][1]}
+            for name, (title, scale) in self.TITLES.items()
+            if name in by_name
         }
-        if self.full:
-            turn = {"mean": (mean[1] - mean[3]) / 2, "std": (std[1] ** 2 + std[3] ** 2) ** 0.5 / 2}
-            found |= {
-                "stretch across, %": {"mean": -100.0 * mean[0], "std": 100.0 * std[0]},
-                "stretch down, %": {"mean": -100.0 * mean[4], "std": 100.0 * std[4]},
-                "turn, degrees": {name: 57.29578 * value for name, value in turn.items()},
-            }
+        if "xy" in by_name:
+            (one, one_std), (other, other_std) = by_name["xy"], by_name["yx"]
+            turn = {"mean": (one - other) / 2, "std": (one_std**2 + other_std**2) ** 0.5 / 2}
+            found["turn, degrees"] = {name: 180.0 / torch.pi * value for name, value in turn.items()}
         return found
 
 

@@ -60,16 +60,11 @@ class LearnedAugmentation(DistillationModule):
     # What the method says about itself --------------------------------------------------------------------------------
 
     @classmethod
-    def can_store_labels(cls, options: Any) -> bool:
-        """Whether clean images may have stored labels; augmented ones never have."""
-        return cls.needs - {"gradients"} == {"probabilities"}
-
-    @classmethod
     def check(cls, *, student: Network, teachers: Sequence[Network], config: RunConfig, options: Any) -> list[Problem]:
         problems = super().check(student=student, teachers=teachers, config=config, options=options)
-        more = cls.needs - {"probabilities", "gradients"}
+        more = ", ".join(sorted(cls.needs - {"probabilities", "gradients"}))
         if more:
-            message = f"'hard' goes with methods that learn from the teacher's answers; this one needs its {', '.join(sorted(more))}"
+            message = f"'hard' goes with methods that learn from the teacher's answers, and this one needs its {more}"
             problems.append(Problem("augment.learned", message, "Take --method kd, or leave the augmentation out."))
         if not teachers:
             problems.append(Problem("augment.learned", "'hard' needs a teacher", "Use it with 'visionkd distill'."))
@@ -164,6 +159,7 @@ class LearnedAugmentation(DistillationModule):
 
     def _teachers_with_gradient(self, image: Tensor) -> tuple[Output, ...]:
         """Run every teacher as :meth:`teacher_outputs` does, with gradient to the image; float16 becomes float32."""
+        self._place_teachers(image.device)
         outputs = []
         for forward, precision in zip(self._teacher_forwards, self.teacher_precisions, strict=True):
             bf16 = precision == "bf16"

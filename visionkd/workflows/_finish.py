@@ -66,6 +66,8 @@ def compare(
     student_answers: Answers | None,
 ) -> tuple[MetricRow, ...]:
     """Put student, teachers and baseline side by side, and write ``evaluation.npz`` and ``comparison.json``."""
+    if data.note:
+        listener.message(data.note, level="warning")  # once more, beside the figures
     source = val = data.splits["val"]
     gpu = torch_device(config.compute).type != "cpu"
     heavy = sum(measure_complexity(teacher).macs_g for _, teacher in teachers) * len(source)

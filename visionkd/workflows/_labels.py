@@ -77,7 +77,7 @@ def resolve_label_store(
 
 
 def _free_bytes(path: str | None) -> int:
-    place = Path(path) if path else cache_root()
+    place = Path(path).expanduser() if path else cache_root()
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
@@ -124,7 +124,7 @@ def open_labels(
         config, data=data, teachers=teachers, temperature=temperature, img_size=img_size, interpolation=interpolation
     )
     form = {"storage": settings.storage, "top_k": settings.top_k}
-    path = Path(settings.path) if settings.path else store_path(key, **form)
+    path = Path(settings.path).expanduser() if settings.path else store_path(key, **form)
     if not path.exists() and (near := nearest_store(key)) is not None:
         differing = ", ".join(problem.key for problem in near[1][:4])
         listener.message(f"The label store {near[0]} does not fit this run: it differs in {differing}")

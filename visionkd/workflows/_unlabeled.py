@@ -53,10 +53,13 @@ def check_unlabeled(
         if not has_labels(data.splits["train"]):
             _check_teachers(config, data, teachers)
         return
-    advice = "Use --method ssld, which learns from the teacher alone"
+    distills = isinstance(config, DistillConfig)
+    way = "--method ssld" if distills else "'visionkd distill --method ssld'"
+    advice = f"Use {way}, which learns from the teacher alone"
     if config.data.unlabeled is not None:
         message = f"{name} learns from labels, and the images in '{config.data.unlabeled}' have none"
-        raise RequestError(Problem("--unlabeled", message, f"{advice}, or leave --unlabeled out."))
+        key = "--unlabeled" if distills else "data.unlabeled"
+        raise RequestError(Problem(key, message, f"{advice}, or leave them out."))
     if not has_labels(data.splits["train"]):
         count = len(data.splits.get("all", data.splits["train"]))
         raise DataError(
