@@ -112,7 +112,8 @@ class HardAugmentConfig(Strict):
         max_step_share: Most steps of the augmentor as a share of all; the rest are the student's.
         warmup: Share of the training, at its beginning, in which nothing is augmented.
         cooldown: Share of the training, at its end, in which the augmentor no longer learns.
-        lr: Learning rate of the augmentor.
+        lr: Learning rate of the augmentor (Adam).
+        std_lr: That of the logarithms of its standard deviations; higher, since they have further to go.
         clip_grad_norm: Largest norm of its gradient.
         std: Standard deviations that the learned distributions of ``affine`` and ``color`` begin with.
         max_std: Largest standard deviation they may learn.
@@ -138,7 +139,8 @@ class HardAugmentConfig(Strict):
     max_step_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
     warmup: Fraction = 0.1
     cooldown: Fraction = 0.1
-    lr: Annotated[float, Field(gt=0.0)] = 0.01
+    lr: Annotated[float, Field(gt=0.0)] = 0.001
+    std_lr: Annotated[float, Field(gt=0.0)] = 0.03
     clip_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
     std: Annotated[float, Field(gt=0.0)] = 0.02
     max_std: Annotated[float, Field(gt=0.0)] = 0.3

@@ -25,7 +25,7 @@ from visionkd.config.schema import RunConfig
 from visionkd.errors import Problem
 from visionkd.losses.disagreement import augmentor_loss
 from visionkd.methods._augmentation_pictures import FOLDER, Pictures
-from visionkd.methods._augmentors import build_augmentor
+from visionkd.methods._augmentors import Gaussians, build_augmentor
 from visionkd.methods._base import DistillationModule
 from visionkd.methods._turns import Turns
 from visionkd.methods._vdvae import Pretraining, find_vae, save_vae
@@ -47,7 +47,10 @@ class LearnedAugmentation(DistillationModule):
         hidden = self.__dict__  # past nn.Module.__setattr__, which would register it as a submodule
         hidden["augmentor"] = build_augmentor(settings, seed=self.config.training.seed)
         self._phi = self.augmentor.learned()
-        self._augmentor_optimizer = torch.optim.Adam(self._phi, lr=settings.lr)
+        spreads = [part.log_std for part in self.augmentor.modules() if isinstance(part, Gaussians)]
+        others = [p for p in self._phi if not any(p is spread for spread in spreads)]
+        groups = [{"params": others}, {"params": spreads, "lr": settings.std_lr}]
+        self._augmentor_optimizer = torch.optim.Adam([group for group in groups if group["params"]], lr=settings.lr)
         self._pretraining = Pretraining(self.augmentor, settings)
         self._turns = Turns(settings, self.budget.steps_per_epoch * self.budget.epochs)
         self._turns.waiting = self._pretraining.steps_left > 0
