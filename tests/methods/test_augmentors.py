@@ -171,7 +171,7 @@ def test_vae_learns_in_a_few_steps_and_is_fixed_then():
     noise, losses = generator(), []
     edit = [p.clone() for p in augmentor.learned()]
     while training.steps_left:
-        losses.append(training.step(images(16), noise, lambda values: values).item())
+        losses.append(training.step(images(8), noise, lambda values: values).item())
     assert len(losses) == 15 and losses[-1] < losses[0] - 0.2
     assert not any(p.requires_grad for p in augmentor.parts["vdvae"].vae.parameters())
     assert all(torch.equal(a, b) for a, b in zip(edit, augmentor.learned(), strict=True))

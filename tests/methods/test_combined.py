@@ -65,6 +65,18 @@ def test_projectors_of_all_parts_train_and_the_student_is_counted_once():
     assert trained == {id(p) for p in module.parameters()}
 
 
+def test_exits_are_those_of_the_method_alone():
+    module, _ = build("losses: {ofa_kd: {}, kd: {}, task_loss: {}}")
+    alone, _ = build("method: ofa_kd")
+    step(module)
+    step(alone)
+    found, expected = module.take_train_metrics(), alone.take_train_metrics()
+    for name in ("kd_loss", "exit_loss", "exit4_loss"):
+        assert found[f"train/ofa_kd.{name}"] == pytest.approx(expected[f"train/{name}"], rel=1e-5)
+    shapes = [tuple(p.shape) for p in module.projectors["ofa_kd"].parameters()]
+    assert shapes == [tuple(p.shape) for p in alone.projectors.parameters()]
+
+
 def test_labels_count_only_where_they_are_weighted():
     module, _ = build("losses: {kd: {}}")
     step(module)

@@ -64,22 +64,23 @@ class Combined(DistillationModule):
         }
         return type("Combined", (cls,), declared)
 
+    def __init__(self, *, teachers: Sequence[Network] = (), **rest: Any) -> None:
+        self.__dict__["_given"] = tuple(teachers)  # before the base, which asks for the modules first
+        super().__init__(teachers=teachers, **rest)
+
     def build_modules(self) -> nn.Module:
         made = []
         for part in self.options.parts:
-            own = part.method(
-                student=self.student, task=self.task, config=self._without_ema(), options=part.options,
-                budget=self.budget,
+            # it may look at the teachers, and never runs them
+            alone = type(part.method.__name__, (part.method,), {"prepare_teacher": lambda self, teacher: teacher})
+            own = alone(
+                student=self.student, teachers=self._given, task=self.task, config=self._without_ema(),
+                options=part.options, budget=self.budget,
             )  # fmt: skip
             made.append(own)
         self.__dict__["_parts"] = tuple(made)  # not submodules: the student would be counted several times
-        return nn.ModuleDict(
-            {
-                part.name: own.projectors
-                for part, own in zip(self.options.parts, made, strict=True)
-                if len(own.projectors)
-            }
-        )
+        named = zip(self.options.parts, made, strict=True)
+        return nn.ModuleDict({part.name: own.projectors for part, own in named if len(own.projectors)})
 
     def _without_ema(self) -> Any:
         return self.config.model_copy(
