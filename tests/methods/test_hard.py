@@ -48,6 +48,7 @@ class Trainer:
 
     current_epoch = global_rank = 0
     world_size = 1
+    strategy = type("Strategy", (), {"all_gather": staticmethod(lambda tensor, **kwargs: tensor)})()
 
     def __init__(self, directory=None):
         self.default_root_dir = directory
@@ -82,7 +83,7 @@ def build(
 
 def run(module, steps, *, first=0):
     """Drive a module as Lightning does: the closure runs inside of optimizer_step."""
-    batches = [module.on_after_batch_transfer(tiny_batch(seed=number, size=8), 0) for number in range(4)]
+    batches = [module.on_after_batch_transfer(tiny_batch(seed=number, size=4), 0) for number in range(4)]
     accumulate = module.config.training.accumulate
     for step in range(first, first + steps):
         for number in range(accumulate):
@@ -220,11 +221,11 @@ def test_5_what_each_weight_does_alone():
     found = {}
     for name, weights in (("calm", (0.0, 1.0)), ("attack", (1.0, 0.0))):
         settings = dict(zip(("disagreement_weight", "consistency_weight"), weights, strict=True))
-        module, image = build(hard={**settings, "lr": 0.03, "max_shift": 0.8}), images()
+        module, image = build(hard={**settings, "lr": 0.05, "max_shift": 0.8}), images(8)
         with torch.no_grad():
             module.augmentor.parts["affine"].values.mean.fill_(0.2)
         before = objective(module, image)[2]
-        for _ in range(20):
+        for _ in range(10):
             module._noise.manual_seed(5)
             module._add_gradients(image, None)
             module._step_augmentor()
@@ -296,8 +297,7 @@ def test_8_runs_repeat_and_their_students_know_no_augmentor():
     assert not owned & {id(p) for p in runs[0].augmentor.parameters()}
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("augmentors", [("affine", "color"), ("vdvae",)])
+@pytest.mark.parametrize(("augmentors", "accumulate"), [(("affine", "color"), 2), (("vdvae",), 1)])
 def test_a_resumed_run_is_the_same_to_the_bit(accumulate, augmentors):
     settings = {
         "hard": {"augmentors": augmentors, "vae_steps": 2, "upper": 0.05, "lower": 0.01, "max_steps": 4, "lr": 0.02},
@@ -305,7 +305,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(accumulate, augmentors):
         "batch_size": 8 * accumulate,
     }
     whole = build(**settings)
-    run(whole, 20)
+    run(whole, 16)
     assert whole._turns.augmentor_steps > 0
     killed = build(**settings)
     for stop, first in ((1, 0), (12, 1)):  # in the training of the autoencoder, and in a turn of the augmentor
@@ -321,7 +321,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(accumulate, augmentors):
         killed.test_optimizer.load_state_dict(loaded["sgd"])
         killed.on_load_checkpoint(loaded)
         killed.on_train_start()
-    run(killed, 7, first=13)
+    run(killed, 3, first=13)
     assert killed._turns.state_dict() == whole._turns.state_dict()
     assert equal(states(killed), states(whole)) and torch.equal(phi(killed), phi(whole))
 
@@ -331,9 +331,9 @@ def test_turns_change_only_between_optimiser_steps():
     seen = []
     step = module.training_step
     module.training_step = lambda batch, index: seen.append((index // 3, module._turns.augmentor)) or step(batch, index)
-    run(module, 15)
+    run(module, 12)
     assert {turn for _, turn in seen} == {True, False}
-    assert len(set(seen)) == 15  # one turn for each optimiser step
+    assert len(set(seen)) == 12  # one turn for each optimiser step
 
 
 def test_stored_answers_stand_for_those_on_clean_images_only():
@@ -391,12 +391,12 @@ def test_unlabelled_images_go_with_it_unless_labels_are_asked_for():
 
 
 def test_pictures_are_kept_over_the_training(tmp_path):
-    module = build(steps=16, directory=tmp_path)
-    run(module, 16)
+    module = build(steps=8, directory=tmp_path)
+    run(module, 8)
     files = sorted((tmp_path / "augmentations").iterdir())
-    assert [file.name for file in files] == [f"step_{step:07d}.png" for step in range(0, 17, 2)]
+    assert [file.name for file in files] == [f"step_{step:07d}.png" for step in range(9)]
     first, last = (json.loads(Image.open(files[index]).text["augmentation"]) for index in (0, -1))
-    assert Image.open(files[0]).size == (8 * 32, 2 * 32)
+    assert Image.open(files[0]).size == (4 * 32, 2 * 32)
     assert first["step"] == 0 and last["epoch"] == 1.0
-    assert len(last["student"]) == len(last["teacher"]) == last["images"] == 8
+    assert len(last["student"]) == len(last["teacher"]) == last["images"] == 4
     assert last["parameters"]["shift across, % of width"]["std"] == pytest.approx(1.0, rel=1e-3)

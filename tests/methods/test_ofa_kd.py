@@ -34,8 +34,10 @@ class TestOFAKD(MethodContract):
 
 class TestOfATransformer(MethodContract):
     name = "ofa_kd"
-    student_name = "test_vit"
     options = {"exponent": [1.0, 1.1, 1.2], "temperature": 2.0, "stages": [2, 4], "readout": "class_token"}
+
+    def build(self, **training) -> OFAKD:
+        return module_of(tiny_family("vit", seed=1), tiny_family("cnn", seed=2), training=training, **self.options)
 
 
 class TestSeveralTeachers(MethodContract):

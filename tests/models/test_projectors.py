@@ -50,10 +50,8 @@ def test_an_exit_from_maps_takes_every_size(stage: int, size: tuple[int, int]) -
     assert logits.shape == (4, 3)
     logits.square().sum().backward()
     assert feature.grad.abs().sum() > 0 and all(parameter.grad is not None for parameter in made.parameters())
-    # only the widths before the last double
     widths = [block[-3].out_channels for block in made.blocks if isinstance(block, nn.Sequential)]
-    assert widths == [12, 24, 20][3 - len(widths) :] if stage == 1 else widths[-1:] in ([20], [])
-    assert len(widths) == 4 - stage
+    assert widths == {1: [12, 24, 20], 2: [12, 20], 3: [20], 4: []}[stage], "only the last one jumps to the width"
 
 
 def test_layouts_of_memory_change_nothing() -> None:
@@ -95,6 +93,12 @@ def test_the_last_exit_from_maps_is_a_convolution_then_the_mean() -> None:
 )
 def test_how_often_tokens_are_merged(grid: tuple[int, int], count: int) -> None:
     assert num_merges(grid) == count
+
+
+def test_small_images_are_merged_down_to_where_the_network_ends() -> None:
+    assert [num_merges((side, side), (4, 4)) for side in (16, 8, 4)] == [2, 1, 0]
+    assert [num_merges((side, side), (1, 1)) for side in (4, 2, 1)] == [2, 1, 0]
+    assert [num_merges((side, side), (14, 14)) for side in (14, 28)] == [1, 2], "a ViT's final grid changes nothing"
 
 
 def test_neighbours_are_joined_column_by_column() -> None:

@@ -134,6 +134,9 @@ class Combined(DistillationModule):
                 )
             if len(part.method.stages(config, part.options)) > 1:
                 problems.append(Problem(f"losses.{part.name}", "consists of several trainings and cannot be combined"))
+            if part.method.needs == {"probabilities"} and not part.method.can_store_labels(part.options):
+                text = "wants teachers of its own with these options (teacher_mode: train) and cannot be combined"
+                problems.append(Problem(f"losses.{part.name}", text))
             problems += part.method.check(student=student, teachers=teachers, config=config, options=part.options)
         return problems
 

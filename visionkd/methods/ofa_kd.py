@@ -123,7 +123,14 @@ def ofa_terms(
 
 
 def make_exit(
-    stage: Stage, *, number: int, student_width: int, teacher_width: int, num_classes: int, class_token: bool = False
+    stage: Stage,
+    *,
+    number: int,
+    student_width: int,
+    student_grid: tuple[int, int] = (7, 7),
+    teacher_width: int,
+    num_classes: int,
+    class_token: bool = False,
 ) -> nn.Module:
     """Return the exit of one stage.
 
@@ -131,6 +138,7 @@ def make_exit(
         stage: Where its features come from.
         number: 1 to 4, 4 being the deepest.
         student_width: Width of the student's final features.
+        student_grid: Height and width of the student's deepest map.
         teacher_width: Width of the teachers' final features; only exits from maps are as wide as the wider of the two.
         num_classes: Outputs C.
         class_token: Read the class token instead of the mean over tokens.
@@ -144,6 +152,7 @@ def make_exit(
         stage=number,
         width=student_width,
         num_classes=num_classes,
+        final_grid=student_grid,
         class_token=class_token,
     )
 
@@ -165,7 +174,7 @@ class OFAKD(DistillationModule):
         self.stage_indices = tuple(stage.index for stage in stages.values())
         if not stages:
             return nn.ModuleDict()
-        student_width = four_stages(self.student)[4].channels
+        deepest = four_stages(self.student)[4]
         # the same weights whatever was drawn before, and nothing drawn from the others' randomness
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.config.training.seed)
@@ -173,7 +182,8 @@ class OFAKD(DistillationModule):
                 f"exit{number}": make_exit(
                     stage,
                     number=number,
-                    student_width=student_width,
+                    student_width=deepest.channels,
+                    student_grid=deepest.grid,
                     teacher_width=self._teacher_width,
                     num_classes=self.student.num_classes,
                     class_token=self.options.readout == "class_token",
@@ -231,7 +241,7 @@ class OFAKD(DistillationModule):
             known = four_stages(student)
         except RequestError as error:
             hint = "Take another student, or train without exits: -o options.stages=[]"
-            return [Problem("student.name", str(error.problems[0].message), hint)]
+            return [Problem("student.name", error.message, hint)]
         problems = []
         missing = [number for number in options.stages or () if number not in known]
         if missing:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from visionkd.errors import RequestError
 from visionkd.models.network import Network
-from visionkd.models.stages import Plan, Stage, Tap, as_map, final_width, four_stages, has_class_token, plan_of, stages
+from visionkd.models.plan import Plan, Stage, Tap, as_map
+from visionkd.models.stages import final_width, four_stages, has_class_token, plan_of, stages
 from visionkd.types import Output
 
 __all__ = ["FeatureOutput", "Stage", "extract", "final_width", "four_stages", "has_class_token", "stages"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _NUM_HEADS = 4
-_TARGET_GRID = 7  # side of the map that tokens are merged down to, of images of 224 pixels
+_TARGET_GRID = (7, 7)  # that tokens are merged down to; also where a Swin ends for images of 224 pixels
 _NORM_EPS = 1e-5
 
 
@@ -108,7 +108,8 @@ class TokenExit(nn.Module):
     """Exit from tokens that lie on a grid.
 
     Tokens are merged until the grid is about 7 x 7, then stage ``k`` of four takes ``max(4 - k, 1)`` transformer
-    blocks. Their mean is read out, or the class token; there is no final norm. A grid below 14 x 14 is not merged.
+    blocks. Their mean is read out, or the class token; there is no final norm. Where the network itself ends in fewer
+    tokens, as it does for small images, they are merged until the grid is about that one.
 
     Args:
         channels: Width of the tokens.
@@ -116,6 +117,7 @@ class TokenExit(nn.Module):
         stage: 1 to 4, 4 being the deepest.
         width: Width of the blocks.
         num_classes: Outputs C.
+        final_grid: Height and width of the network's deepest map.
         class_token: Let the tokens in front of the grid join the blocks, and read out the first of them.
 
     Raises:
@@ -133,13 +135,14 @@ class TokenExit(nn.Module):
         stage: int,
         width: int,
         num_classes: int,
+        final_grid: tuple[int, int] = _TARGET_GRID,
         class_token: bool = False,
     ) -> None:
         super().__init__()
         if class_token and channels != width:
             raise ValueError(f"class tokens of width {channels} cannot join blocks of width {width}")
         self.class_token = class_token
-        count = num_merges(grid)
+        count = num_merges(grid, final_grid)
         self.merging = nn.Sequential()
         for number in range(count):
             # the last of several merges is linear
@@ -177,11 +180,12 @@ def _pooled(feature: Tensor) -> Tensor:
     return feature.mean((2, 3))
 
 
-def num_merges(grid: tuple[int, int]) -> int:
-    """Return how often a grid is halved so that it has about 7 x 7 tokens: ``floor(log2(sqrt(H * W) / 7))`` or 0."""
+def num_merges(grid: tuple[int, int], final_grid: tuple[int, int] = _TARGET_GRID) -> int:
+    """Return how often to halve a grid: ``floor(log2(sqrt(H * W) / side))`` with a side of 7, or the final grid's."""
     height, width = grid
+    target = min(math.prod(_TARGET_GRID), math.prod(final_grid))
     count = 0
-    while height * width >= _TARGET_GRID**2 * 4 ** (count + 1) and min(height, width) >= 2 ** (count + 1):
+    while height * width >= target * 4 ** (count + 1) and min(height, width) >= 2 ** (count + 1):
         count += 1
     return count
 

@@ -204,6 +204,7 @@ class ReportData:
         preflight: Findings about the teacher, as (status, text); status ``ok``, ``warning``, ``error`` or another word.
         exports: Exported files.
         skipped: Images that could not be read, as (name, reason).
+        augmentation: Directory with what a learned augmentation left behind.
     """
 
     title: str
@@ -229,6 +230,7 @@ class ReportData:
     exports: tuple[ExportRow, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
     note: str = ""
+    augmentation: Path | None = None
 
     def __post_init__(self) -> None:
         if self.evaluation is not None and self.classes:

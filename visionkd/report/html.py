@@ -16,7 +16,7 @@ from PIL import Image
 
 import visionkd
 from visionkd.errors import VisionKDError
-from visionkd.report import analysis, figures
+from visionkd.report import analysis, augmentation, figures
 from visionkd.report.data import Evaluation, ModelRow, ReportData
 from visionkd.report.text import (
     flatten,
@@ -68,6 +68,7 @@ def render_report(data: ReportData) -> str:
     )
     answers, data = _measure(data)
     models = _models(data)
+    moments = augmentation.read_moments(data.augmentation) if data.augmentation is not None else ()
     context: dict[str, Any] = {
         "data": data,
         "version": visionkd.__version__,
@@ -83,6 +84,9 @@ def render_report(data: ReportData) -> str:
         },
         "curves": figures.learning_curves(data.curves, data.baseline_curves, student=_who(data)) if data.curves else [],
         "costs": figures.accuracy_against_cost(data.student, data.teachers, data.baseline),
+        "strips": augmentation.strips(moments),
+        "learned": augmentation.parameter_rows(moments),
+        "turns": augmentation.turn_pictures(data.curves),
         "environment": flatten(data.environment),
         "options": flatten(data.options),
         "plural": plural,

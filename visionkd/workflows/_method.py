@@ -19,9 +19,21 @@ COMBINED = "combined"
 
 
 def choose_method(
-    config: DistillConfig, *, student: Network, teachers: Sequence[Network], listener: Listener
+    config: DistillConfig,
+    *,
+    student: Network,
+    teachers: Sequence[Network],
+    listener: Listener,
+    unlabeled: bool = False,
 ) -> tuple[type[DistillationModule], Any]:
     """Return the method's class and options, and write what was decided into the configuration.
+
+    Args:
+        config: Settings of the run.
+        student: Network to train.
+        teachers: Networks to learn from.
+        listener: Is told what was decided.
+        unlabeled: Whether there are images without labels to train on.
 
     Raises:
         RequestError: If there is no such method, its options are wrong, or it does not suit the networks.
@@ -30,7 +42,7 @@ def choose_method(
         method, options = _combination(config)
     else:
         if config.method == "auto":
-            config.method, why = suggested_method(student=student, teachers=teachers)
+            config.method, why = suggested_method(student=student, teachers=teachers, unlabeled=unlabeled)
             if why:
                 listener.message(f"{why}, so the method is {config.method} (--method chooses another)")
         method = registry.load(METHODS, config.method, key="--method").METHOD
@@ -50,10 +62,12 @@ def choose_method(
     return method, options
 
 
-def suggested_method(*, student: Network, teachers: Sequence[Network]) -> tuple[str, str]:
+def suggested_method(*, student: Network, teachers: Sequence[Network], unlabeled: bool = False) -> tuple[str, str]:
     """Return what ``--method auto`` takes, and why where it is not the usual one."""
     if len(teachers) > 1:
         return "meal_v2", f"There are {len(teachers)} teachers"
+    if unlabeled:
+        return "ssld", "There are images without labels"
     families = (teachers[0].family, student.family)
     if families[0] != families[1] and "hybrid" not in families:
         from visionkd.models.features import stages

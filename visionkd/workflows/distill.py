@@ -155,8 +155,9 @@ class _Distillation:
         for spec, teacher in zip(config.teachers, self.teachers, strict=True):
             check_fit(teacher, self.data, config, name=spec.name)
         self.method, self.options = choose_method(
-            config, student=self.student, teachers=self.teachers, listener=listener
-        )
+            config, student=self.student, teachers=self.teachers, listener=listener,
+            unlabeled=needs_preparation(self.data, self.pool),
+        )  # fmt: skip
         check_unlabeled(
             config, self.data, method_name(config), uses_labels=self.method.uses_labels, teachers=self.teachers
         )

@@ -103,6 +103,7 @@ def report(
         messages=tuple((level, text) for level, text in status.get("messages", ())),
         preflight=tuple((state, text) for state, text in status.get("preflight", ())),
         exports=exports,
+        augmentation=path / "augmentations" if (path / "augmentations").is_dir() else None,
         note=comparison.get("note", ""),
     )
     write_text(file, render_report(data))
