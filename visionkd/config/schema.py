@@ -18,7 +18,7 @@ Precision = Annotated[
     Literal["32", "bf16", "16"], BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)
 ]
 # YAML reads on and off as truth values
-OnOff = BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value)
+OnOff = BeforeValidator(lambda value: ("off", "on")[value] if isinstance(value, bool) else value)
 
 
 class Strict(BaseModel):
@@ -96,7 +96,7 @@ class HardAugmentConfig(Strict):
     """HARD's learned augmentation: an augmentor that seeks images on which student and teacher disagree.
 
     Attributes:
-        augmentors: Applied one after the other: ``affine`` (a learned distribution of 2 x 3 matrices), ``color``, ``mix``
+        augmentors: Applied one after the other: ``affine`` (a learned distribution of matrices), ``color``, ``mix``
             (learned weights of existing augmentations), ``vdvae`` (edits in the latents of a small autoencoder).
         affine: ``full`` matrices, or only their ``translation``, or only their ``linear`` part.
         batch: ``split`` augments a part of each batch's images, ``both`` shows every image clean and augmented, which
@@ -152,7 +152,7 @@ class HardAugmentConfig(Strict):
     @model_validator(mode="after")
     def _in_order(self) -> HardAugmentConfig:
         if self.lower >= self.upper:
-            raise ValueError(f"lower ({self.lower:g}) must lie below upper ({self.upper:g}), or the turns would flicker")
+            raise ValueError(f"lower ({self.lower:g}) must lie below upper ({self.upper:g}), or turns would flicker")
         if self.warmup + self.cooldown >= 1.0:
             raise ValueError("warmup and cooldown leave the augmentor no time to learn")
         if self.std > self.max_std:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -99,8 +100,11 @@ class Combined(DistillationModule):
         terms = {}
         known = self.student_stages()
         for part, own in zip(self.options.parts, self._parts, strict=True):
-            chosen = tuple(student.features[known.index(stage)] for stage in own.student_stages())
-            output = Output(student.logits, chosen, student.tokens)
+            at = [known.index(stage) for stage in own.student_stages()]
+            picked: dict[str, Any] = {"features": tuple(student.features[place] for place in at)}
+            if prefixes := getattr(student, "prefix_tokens", ()):
+                picked["prefix_tokens"] = tuple(prefixes[place] for place in at)
+            output = dataclasses.replace(student, **picked)
             for name, value in own.distill_loss(student=output, teachers=teachers, target=target).items():
                 terms[f"{part.name}.{name}"] = value
         return terms

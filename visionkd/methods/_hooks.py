@@ -47,7 +47,7 @@ class Hooks:
 
     @classmethod
     def label_temperature(cls, options: Any) -> float:
-        """Return the temperature of the probabilities that :meth:`soft_label` averages, and that a label store holds."""
+        """Return the temperature of the probabilities that ``soft_label`` averages and a label store holds."""
         return 1.0
 
     @property
