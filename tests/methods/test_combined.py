@@ -128,8 +128,10 @@ def test_a_student_from_scratch_is_warned_about():
     networks = {"student": tiny_network(seed=1), "teachers": [tiny_network(seed=2)]}
     choose_method(config, **networks, listener=Hears())
     assert [level for level, text in said if "random weights" in text] == ["warning"]
+    assert any("discriminator_reduction=2" in text for _, text in said)
     said.clear()
     networks["student"].trained = True
+    config.options = {"discriminator_reduction": 2}
     choose_method(config, **networks, listener=Hears())
     assert not said
 

@@ -47,7 +47,7 @@ def test_all_vectors_pass() -> None:
     assert {line.split()[1].split("/")[0] for line in lines[:-1]} == set(METHODS)
 
 
-@pytest.mark.skipif(not WHOLE.is_dir(), reason=f"no reference vectors in {WHOLE}; VISIONKD_REFERENCE names another place")
+@pytest.mark.skipif(not WHOLE.is_dir(), reason=f"no vectors in {WHOLE}; VISIONKD_REFERENCE names others")
 def test_the_whole_set_passes() -> None:
     result = check(WHOLE, "--only", ",".join(METHODS))
     assert result.returncode == 0, result.stdout

@@ -134,12 +134,19 @@ class MEALV2(DistillationModule):
 
     @classmethod
     def warnings(cls, *, student: Network, teachers: Sequence[Network], config: Any, options: Any) -> list[str]:
-        if student.trained:
-            return []
-        return [
-            "MEAL V2 improves a student that is trained already, and this one starts from random weights:"
-            " give a trained one, such as --student RUN, or leave --no-pretrained out"
-        ]
+        said = []
+        if not student.trained:
+            said.append(
+                "MEAL V2 improves a student that is trained already, and this one starts from random weights:"
+                " give a trained one, such as --student RUN, or leave --no-pretrained out"
+            )
+        reduction = options.discriminator_reduction
+        if options.discriminator_weight and student.num_classes // reduction < 2 < reduction:
+            said.append(
+                f"MEAL V2's discriminator is {student.num_classes // reduction or 1} unit wide with"
+                f" {student.num_classes} classes and tells nothing apart: -o options.discriminator_reduction=2"
+            )
+        return said
 
 
 METHOD = MEALV2

@@ -143,15 +143,25 @@ def open_labels(
 
 def _what_it_saves(store: LabelStore, views: int, epochs: int, *, ahead: bool) -> str:
     samples = store.manifest.num_samples
-    there = sum(store.count(view) > 0.99 * samples for view in range(min(views, epochs)))
+    there = sum(store.count(view) > 0.99 * samples for view in range(views))
     size_mb = views * samples * store.bytes_per_label / 1e6
-    text = f"Teacher labels: {views} views of each of {samples:,} images are kept in {store.path} ({size_mb:,.0f} MB)"
-    to_do = min(views, epochs) - there
+    kept = f"{views} views of each" if views > 1 else "one view of each"
+    text = f"Teacher labels: {kept} of {samples:,} images in {store.path} ({size_mb:,.1f} MB)"
+    to_do = views - there
     if not to_do:
         return f"{text}; all of them are there, so the teachers do not run at all"
     have = f"; {there} are there already" if there else ""
-    when = f"before the training, over {to_do} views" if ahead else f"in {to_do} of the {epochs} epochs"
-    return f"{text}{have}; the teachers run {when} (--no-cache-teacher draws new views in every epoch)"
+    if ahead:
+        when = f"before the training, over {_counted(to_do, 'view')}"
+    elif to_do == epochs:
+        when = "in every epoch, and other runs find the labels there"
+    else:
+        when = f"in {to_do} of the {epochs} epochs (--no-cache-teacher draws new views in every epoch)"
+    return f"{text}{have}; the teachers run {when}"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def store_key(
