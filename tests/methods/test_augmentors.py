@@ -42,11 +42,11 @@ def moved(augmentor, amount: float = 0.5):
 
 @every_augmentor
 def test_begins_near_identity_and_repeats(name):
-    augmentor, image = build_augmentor(HardAugmentConfig(augmentors=(name,)), seed=0), images()
+    augmentor, image = build_augmentor(HardAugmentConfig(augmentors=(name,), std=0.01), seed=0), images()
     found = augmentor(image, generator())
     assert (found - image).abs().mean() < 0.05
     assert torch.equal(found, augmentor(image, generator()))
-    other = build_augmentor(HardAugmentConfig(augmentors=(name,)), seed=0)
+    other = build_augmentor(HardAugmentConfig(augmentors=(name,), std=0.01), seed=0)
     assert torch.equal(found, other(image, generator()))
 
 

@@ -244,7 +244,7 @@ def script(turns, agreements):
 
 def test_6_turns_have_hysteresis():
     hard = DistillConfig(
-        student={"name": "a"}, teachers=[{"name": "b"}], augment={"hard": {"warmup": 0.1, "max_step_share": 0.5}}
+        student={"name": "a"}, teachers=[{"name": "b"}], augment={"hard": {"warmup": 0.1, "max_step_share": 0.5, "upper": 0.9, "lower": 0.7}}
     ).augment.hard
     turns = Turns(hard, 1000)
     whose = script(turns, [1.0] * 100)
@@ -399,4 +399,4 @@ def test_pictures_are_kept_over_the_training(tmp_path):
     assert Image.open(files[0]).size == (4 * 32, 2 * 32)
     assert first["step"] == 0 and last["epoch"] == 1.0
     assert len(last["student"]) == len(last["teacher"]) == last["images"] == 4
-    assert last["parameters"]["shift across, % of width"]["std"] == pytest.approx(1.0, rel=1e-3)
+    assert last["parameters"]["shift across, % of width"]["std"] == pytest.approx(5.0, rel=1e-3)

@@ -132,17 +132,17 @@ class HardAugmentConfig(Strict):
     share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     disagreement_weight: NonNegative = 1.0
     consistency_weight: NonNegative = 1.0
-    upper: Annotated[float, Field(gt=0.0)] = 0.9
-    lower: Annotated[float, Field(ge=0.0)] = 0.7
+    upper: Annotated[float, Field(gt=0.0)] = 0.8
+    lower: Annotated[float, Field(ge=0.0)] = 0.6
     decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    max_steps: Positive = 100
-    max_step_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
+    max_steps: Positive = 50
+    max_step_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.15
     warmup: Fraction = 0.1
     cooldown: Fraction = 0.1
     lr: Annotated[float, Field(gt=0.0)] = 0.001
     std_lr: Annotated[float, Field(gt=0.0)] = 0.03
     clip_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
-    std: Annotated[float, Field(gt=0.0)] = 0.02
+    std: Annotated[float, Field(gt=0.0)] = 0.1
     max_std: Annotated[float, Field(gt=0.0)] = 0.3
     max_shift: Annotated[float, Field(gt=0.0, le=2.0)] = 0.5
     vae_steps: Positive = 300
