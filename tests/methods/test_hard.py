@@ -399,4 +399,4 @@ def test_pictures_are_kept_over_the_training(tmp_path):
     assert Image.open(files[0]).size == (4 * 32, 2 * 32)
     assert first["step"] == 0 and last["epoch"] == 1.0
     assert len(last["student"]) == len(last["teacher"]) == last["images"] == 4
-    assert last["parameters"]["shift across, % of width"]["std"] == pytest.approx(5.0, rel=1e-3)
+    assert last["parameters"]["shift across, % of width"]["std"] == pytest.approx(2.5, rel=1e-3)

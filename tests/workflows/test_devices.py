@@ -1,4 +1,4 @@
-"""Two processes train the same model as one process with twice the batch."""
+"""Two processes train the same model as one process with twice the batch, and fill one label store together."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ SETTINGS = (
 ).split()
 
 
-def train(out: Path, *arguments: str) -> dict[str, torch.Tensor]:
+def run(out: Path, *arguments: str) -> tuple[dict[str, torch.Tensor], str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "visionkd", *SETTINGS, "--out", str(out), *arguments]
+    command = [sys.executable, "-m", "visionkd", *arguments, "--out", str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    return load_file(out / "model" / "model.safetensors")
+    return load_file(out / "model" / "model.safetensors"), done.stderr
+
+
+def train(out: Path, *arguments: str) -> dict[str, torch.Tensor]:
+    return run(out, *SETTINGS, *arguments)[0]
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -36,3 +40,20 @@ def test_two_processes_equal_one(tmp_path):
         torch.testing.assert_close(value, accumulated[name], rtol=1e-3, atol=1e-4)
     start = train(tmp_path / "start", "--lr", "1e-30", "-o", "optimizer.weight_decay=0")
     assert any((one[name] - start[name]).abs().max() > 1e-3 for name in one), "the training moved nothing"
+
+
+def test_two_processes_fill_one_label_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("VISIONKD_CACHE", str(tmp_path / "cache"))
+    settings = (
+        "distill --teacher cifar_resnet8 --student test_vit -o student.img_size=32 --method kd --no-pretrained --epochs 3"
+        " --batch-size 16 --accelerator cpu -o data.shapes.num_train=72 -o data.shapes.num_val=32 -o data.workers=0"
+        " -o fit_teacher.max_images=32 -o report.enabled=false -o label_store.views=1 --cache-teacher"
+    ).split()
+    first, _ = run(tmp_path / "first", *settings, "--devices", "2")
+    again, said = run(tmp_path / "again", *settings, "--devices", "2")
+    assert "do not run at all" in said  # what the batches left out was filled too
+    for name, value in first.items():
+        torch.testing.assert_close(value, again[name], rtol=1e-3, atol=1e-4)
+    one, _ = run(tmp_path / "one", *settings)
+    for name, value in one.items():
+        torch.testing.assert_close(value, again[name], rtol=1e-3, atol=1e-4)

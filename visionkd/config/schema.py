@@ -142,7 +142,7 @@ class HardAugmentConfig(Strict):
     lr: Annotated[float, Field(gt=0.0)] = 0.001
     std_lr: Annotated[float, Field(gt=0.0)] = 0.03
     clip_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
-    std: Annotated[float, Field(gt=0.0)] = 0.1
+    std: Annotated[float, Field(gt=0.0)] = 0.05
     max_std: Annotated[float, Field(gt=0.0)] = 0.3
     max_shift: Annotated[float, Field(gt=0.0, le=2.0)] = 0.5
     vae_steps: Positive = 300
