@@ -118,12 +118,14 @@ def parameter_rows(moments: Sequence[Moment]) -> list[tuple[str, str, str]]:
 def _spread(values: Mapping[str, float]) -> str:
     if "mean" not in values:
         return ""
-    mean = _number(values["mean"])
-    return f"{mean} ±{NBSP}{_number(values['std'])}" if "std" in values else mean
+    if "std" in values:
+        return f"{_number(values['mean'])} ±{NBSP}{_number(values['std'])}"
+    mean = values["mean"]
+    return _number(mean) if abs(mean) >= 0.05 or mean == 0 else f"{mean:.2g}".replace("-", MINUS)
 
 
 def _number(value: float) -> str:
-    text = f"{value:.1f}" if abs(value) >= 0.05 or value == 0 else f"{value:.2g}"
+    text = f"{value:.1f}"
     return (text if float(text) else "0.0").replace("-", MINUS)
 
 
