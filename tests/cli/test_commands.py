@@ -83,7 +83,8 @@ def check_accepts(name: str, given: Mapping[str, Any]) -> None:
 
 DISTILL = (
     "distill --teacher vit_l,vit_b --teacher a --student resnet50 --data d --method kd --task classification "
-    "--config c -o a.b=1 -o c=x=y --epochs 3 --batch-size 8 --lr 0.1 --seed 4 --fit-teacher probe --no-pretrained "
+    "--config c -o a.b=1 -o c=x=y --epochs 3 --batch-size 8 --lr 0.1 --seed 4 --fit-teacher probe "
+    "--no-cache-teacher --unlabeled u --augment hard --no-pretrained "
     "--baseline b "
     "--export onnx --out o --resume --overwrite --accelerator cpu --devices 2 --nodes 3 --strategy ddp --precision bf16"
 )
@@ -118,6 +119,9 @@ REQUESTS = [
             "student": "resnet50",
             "method": "kd",
             "fit_teacher": "probe",
+            "cache_teacher": False,
+            "unlabeled": "u",
+            "augment": "hard",
             "baseline": "b",
         },
     ),

@@ -15,7 +15,7 @@ def test_mixup_and_cutmix_mix_images_as_they_mix_labels():
     targets = torch.arange(4)
     for settings in ({"mixup_alpha": 1.0}, {"cutmix_alpha": 1.0}):
         torch.manual_seed(0)
-        mixed, probs = batch_mixer(AugmentConfig(**settings), num_classes=4)(images, targets)
+        mixed, probs, _ = batch_mixer(AugmentConfig(**settings), num_classes=4)(images, targets)
         torch.testing.assert_close(probs.sum(1), torch.ones(4))
         # each image is the mean of its sources, weighted by its labels
         torch.testing.assert_close(mixed.mean((1, 2, 3)), probs @ torch.arange(4.0))

@@ -65,7 +65,7 @@ def test_swapping_teacher_and_student_changes_the_loss():
 def test_hard_kd_loss_is_cross_entropy_with_the_teachers_class():
     student, teacher = logits(0).requires_grad_(), logits(1)
     expected = -student.double().log_softmax(1)[torch.arange(6), teacher.argmax(1)].mean()
-    loss = hard_kd_loss(student_logits=student, teacher_logits=teacher)
+    loss = hard_kd_loss(student_logits=student, teacher_probs=teacher)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     loss.backward()
     assert student.grad.abs().sum() > 0

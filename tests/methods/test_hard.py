@@ -244,7 +244,9 @@ def script(turns, agreements):
 
 def test_6_turns_have_hysteresis():
     hard = DistillConfig(
-        student={"name": "a"}, teachers=[{"name": "b"}], augment={"hard": {"warmup": 0.1, "max_step_share": 0.5, "upper": 0.9, "lower": 0.7}}
+        student={"name": "a"},
+        teachers=[{"name": "b"}],
+        augment={"hard": {"warmup": 0.1, "max_step_share": 0.5, "upper": 0.9, "lower": 0.7}},
     ).augment.hard
     turns = Turns(hard, 1000)
     whose = script(turns, [1.0] * 100)

@@ -45,9 +45,9 @@ def test_two_processes_equal_one(tmp_path):
 def test_two_processes_fill_one_label_store(tmp_path, monkeypatch):
     monkeypatch.setenv("VISIONKD_CACHE", str(tmp_path / "cache"))
     settings = (
-        "distill --teacher cifar_resnet8 --student test_vit -o student.img_size=32 --method kd --no-pretrained --epochs 3"
-        " --batch-size 16 --accelerator cpu -o data.shapes.num_train=72 -o data.shapes.num_val=32 -o data.workers=0"
-        " -o fit_teacher.max_images=32 -o report.enabled=false -o label_store.views=1 --cache-teacher"
+        "distill --teacher cifar_resnet8 --student test_vit -o student.img_size=32 --method kd --no-pretrained"
+        " --epochs 3 --batch-size 16 --accelerator cpu -o data.shapes.num_train=72 -o data.shapes.num_val=32"
+        " -o data.workers=0 -o fit_teacher.max_images=32 -o report.enabled=false -o label_store.views=1 --cache-teacher"
     ).split()
     first, _ = run(tmp_path / "first", *settings, "--devices", "2")
     again, said = run(tmp_path / "again", *settings, "--devices", "2")

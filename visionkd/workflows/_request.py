@@ -20,6 +20,8 @@ from visionkd.workflows.configs import show_config
 
 C = TypeVar("C", bound=RunConfig)
 METHODS = "visionkd.methods"
+#: What ``--method auto`` takes one of.
+AUTO_METHODS = ("kd", "meal_v2", "ofa_kd", "ssld")
 #: The command line's option behind each key of the configuration that has one.
 _OPTIONS = {
     "teachers": "--teacher",
@@ -122,6 +124,8 @@ def _wrong_names(values: Mapping[str, Any]) -> Iterator[Problem]:
     if isinstance(method, str) and method not in ("auto", *(known := registry.names(METHODS))):
         hint = did_you_mean(method, ("auto", *known)) or f"Known: auto, {', '.join(known)}"
         yield Problem("method", f"unknown name '{method}'", hint)
+    if isinstance(values.get("options"), dict) and method in (None, "auto"):
+        yield from _options_of_none(values["options"])
     path = _part(values, "data", "path")
     if isinstance(path, str) and not _is_data(path):
         message = (
@@ -129,6 +133,14 @@ def _wrong_names(values: Mapping[str, Any]) -> Iterator[Problem]:
         )
         near = did_you_mean(path, known_data()) if os.sep not in path else ""
         yield Problem("data.path", message, near or "'visionkd data list' shows the known names.")
+
+
+def _options_of_none(options: Mapping[str, Any]) -> Iterator[Problem]:
+    """Find options that none of the methods has which ``auto`` may take; which one it takes, the networks decide."""
+    known = {name for method in AUTO_METHODS for name in getattr(method_options(method), "__dataclass_fields__", ())}
+    for name in sorted(set(map(str, options)) - known):
+        hint = did_you_mean(name, sorted(known)) or "Give --method as well."
+        yield Problem(f"options.{name}", "unknown option of this method", hint)
 
 
 def _wrong_args(values: Mapping[str, Any], key: str, name: str) -> Iterator[Problem]:
