@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -35,6 +36,19 @@ PREDICTION = results.PredictResult(
 )
 EXPORT = results.ExportResult(Path("a.onnx"), 0.33, 1.5e-06, 55.1, None, 256)
 BENCH = results.BenchResult((MetricRow("a [torch]", {"latency_ms": 1.2345, "throughput_img_s": 810.4}),))
+
+SEARCH = results.SearchResult(
+    run=Path("runs/s"),
+    table=(MetricRow("net blocks=[1,3]", {"rank": "1", "params_m": 0.2, "score": -0.5}),),
+    command="visionkd distill --teacher t --student net -o 'student.args.blocks=[1, 3]'",
+    student={"name": "net"},
+    strategy="random",
+    num_scored=1,
+    num_failed=0,
+    num_over_budget=0,
+    seconds=1.0,
+    files={"pareto": Path("runs/s/pareto.svg")},
+)
 
 
 CHECK = CheckReport(
@@ -169,6 +183,35 @@ REQUESTS = [
         ),
     ),
     (
+        "search --teacher t --space vit --data d --budget params_m=1 --score params --evaluations 9 --strategy random "
+        "--population 8 --tournament 3 --seed 4 --init gaussian --img-size 32 --batch-size 16 --backend torch "
+        "--workers 2 -o a=1 --distill --out o --resume --overwrite",
+        "search",
+        SEARCH,
+        dict(
+            teacher="t",
+            space="vit",
+            data="d",
+            budget="params_m=1",
+            score="params",
+            evaluations=9,
+            strategy="random",
+            population=8,
+            tournament=3,
+            seed=4,
+            init="gaussian",
+            img_size=32,
+            batch_size=16,
+            backend="torch",
+            workers=2,
+            options=("a=1",),
+            distill=True,
+            out="o",
+            resume=True,
+            overwrite=True,
+        ),
+    ),
+    (
         "report r --baseline b --out f --overwrite",
         "report",
         results.ReportResult(Path("f")),
@@ -209,6 +252,16 @@ def test_a_run_shows_its_table_and_files(run, pretend) -> None:
         ["student", "55.10", "0.08"],
     ]
     assert any(line.split() == ["report", "runs/a/report.html"] for line in out)
+
+
+def test_a_search_shows_its_table_and_the_command(run, pretend) -> None:
+    pretend("search", Recorder(SEARCH))
+    out = run("search").out
+    assert f"  {SEARCH.command}\n" in out and "runs/s/pareto.svg" in out and "-0.5" in out
+    assert json.loads(run("search", "--json").out)["command"] == SEARCH.command
+    pretend("search", Recorder(dataclasses.replace(SEARCH, distilled=RUN)))
+    out = run("search", "--distill").out
+    assert SEARCH.command not in out and "runs/a/report.html" in out
 
 
 def test_an_evaluation_names_the_worst_classes_first(run, pretend) -> None:

@@ -11,7 +11,7 @@ import visionkd
 from visionkd.cli._base import short_help
 from visionkd.cli.main import cli
 
-COMMANDS = ["bench", "configs", "data", "distill", "doctor", "eval", "export", "predict", "report", "train"]
+COMMANDS = ["bench", "configs", "data", "distill", "doctor", "eval", "export", "predict", "report", "search", "train"]
 
 
 def load(name: str) -> click.Command:

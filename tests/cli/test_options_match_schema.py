@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, get_args
 
 import click
@@ -9,6 +10,7 @@ import pytest
 
 from visionkd.cli.main import cli
 from visionkd.config.schema import ComputeConfig, DistillConfig, FitTeacherConfig, RunConfig, TrainingConfig
+from visionkd.config.search import SearchConfig
 
 OPTIONS = {
     "--task": (RunConfig, "task"),
@@ -44,6 +46,29 @@ def test_an_option_agrees_with_its_key(command: str, spelling: str) -> None:
     assert f"Default: {field.default}." in option.help
     if isinstance(option.type, click.Choice):
         assert list(option.type.choices) == list(get_args(field.annotation))
+
+
+SEARCH = ("score", "evaluations", "strategy", "population", "tournament", "seed", "init", "batch_size")
+
+
+@pytest.mark.parametrize("key", SEARCH)
+def test_an_option_of_search_agrees_with_its_key(key: str) -> None:
+    option, field = options("search")[f"--{key.replace('_', '-')}"], SearchConfig.model_fields[key]
+    assert option.stated_default == str(field.default)
+    if isinstance(option.type, click.Choice):
+        assert list(option.type.choices) == list(get_args(field.annotation))
+
+
+def test_spaces_and_scores_of_search_are_named() -> None:
+    from visionkd.search.budget import BUDGETS
+    from visionkd.search.scores import score_names
+    from visionkd.search.spaces import space_names
+
+    page = (Path(__file__).resolve().parents[2] / "docs" / "search.md").read_text(encoding="utf-8")
+    command = cli.get_command(click.Context(cli), "search")
+    assert all(f"`{name}`" in page for name in (*score_names(), *space_names()))
+    assert all(name in command.help for name in space_names())
+    assert all(name in options("search")["--budget"].help and f"`{name}=" in page for name in BUDGETS)
 
 
 def test_formats_of_export_are_named() -> None:

@@ -17,6 +17,14 @@ def test_the_sizes_are_the_papers(depth: int, params_m: float) -> None:
     assert len(layers) == depth
 
 
+def test_stages_may_have_blocks_and_channels_of_their_own() -> None:
+    net = timm.create_model("cifar_resnet", blocks=[1, 2, 3], channels=[8, 12, 20], width=2.0, drop_path_rate=0.1)
+    assert [len(layer) for layer in (net.layer1, net.layer2, net.layer3)] == [1, 2, 3]
+    assert [info["num_chs"] for info in net.feature_info] == [16, 16, 24, 40]
+    plain, free = timm.create_model("cifar_resnet20"), timm.create_model("cifar_resnet", blocks=(3, 3, 3))
+    assert {k: v.shape for k, v in plain.state_dict().items()} == {k: v.shape for k, v in free.state_dict().items()}
+
+
 def test_all_depths_are_registered() -> None:
     assert all(timm.is_model(f"cifar_resnet{depth}") for depth in DEPTHS)
 
@@ -46,7 +54,20 @@ def test_the_padded_shortcut_passes_pixels_on() -> None:
     assert torch.equal(result[:, 8:24], image[:, :, ::2, ::2]) and result[:, :8].abs().sum() == 0
 
 
-@pytest.mark.parametrize("kwargs", [{"depth": 21}, {"depth": 2}, {"depth": 8, "shortcut": "none"}])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"depth": 21},
+        {"depth": 2},
+        {"depth": 8, "shortcut": "none"},
+        {"depth": 8, "blocks": (1, 1, 1)},
+        {"blocks": (1, 1)},
+        {"blocks": (1, 1, 0)},
+        {"blocks": (1, 1, 1.5)},
+        {"channels": (16, 32)},
+        {"channels": (16, 32, 0)},
+    ],
+)
 def test_wrong_arguments(kwargs: dict) -> None:
     with pytest.raises(ValueError):
         CifarResNet(**kwargs)

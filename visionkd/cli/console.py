@@ -156,6 +156,18 @@ def show_run(result: Any) -> None:
     _show_pairs({"run": result.run, **result.files})
 
 
+def show_search(result: Any) -> None:
+    """Print what a search came to: the best candidates, the files, and the command for the best one."""
+    show_table(result.table)
+    write()
+    _show_pairs({"run": result.run, **result.files})
+    if result.distilled is not None:
+        write()
+        show_run(result.distilled)
+    elif result.command:
+        write(f"\nDistil the best one with:\n  {result.command}")
+
+
 def show_evaluation(result: Any) -> None:
     """Print an evaluation: all metrics, and the classes where the model does worst."""
     write(f"{result.model} on {result.data}, split '{result.split}', {counted(result.num_images, 'image')}")

@@ -2,11 +2,13 @@
 
 "Deep Residual Learning for Image Recognition", section 4.2: a 3 x 3 stem without pooling, three stages of
 ``(depth - 2) / 6`` basic blocks with 16, 32 and 64 channels, and strides 1, 2, 2. Importing this module registers
-``cifar_resnet8`` to ``cifar_resnet110`` with timm, so that ``timm.create_model("cifar_resnet20")`` works from then on.
+``cifar_resnet8`` to ``cifar_resnet110`` with timm, so that ``timm.create_model("cifar_resnet20")`` works from then on,
+and ``cifar_resnet``, whose ``blocks`` and ``channels`` are free in each stage.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -59,11 +61,25 @@ class Block(nn.Module):
         return self.act2(x + shortcut)
 
 
+def _stage_blocks(depth: int | None, blocks: Sequence[int] | None) -> tuple[int, ...]:
+    """Return the blocks of each stage."""
+    if blocks is None:
+        each, rest = divmod((20 if depth is None else depth) - 2, 6)
+        if rest or each < 1:
+            raise ValueError(f"depth {depth} is not 6 n + 2")
+        return (each,) * 3
+    if depth is not None:
+        raise ValueError(f"blocks {blocks} contradict depth {depth}: 'cifar_resnet' takes blocks")
+    if len(blocks) != 3 or any(type(count) is not int or count < 1 for count in blocks):
+        raise ValueError(f"blocks {blocks} are not three whole numbers from 1 up")
+    return tuple(blocks)
+
+
 class CifarResNet(nn.Module):
     """ResNet for small images.
 
     Args:
-        depth: Number of weighted layers, ``6 n + 2``.
+        depth: Number of weighted layers, ``6 n + 2``; None where ``blocks`` says how many there are.
         num_classes: Outputs; 0 leaves the classifier out.
         in_chans: Channels of the images.
         width: Multiplier of all channel counts (16, 32, 64).
@@ -71,6 +87,8 @@ class CifarResNet(nn.Module):
         global_pool: timm's name of the pooling before the classifier.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Largest stochastic depth rate; it grows linearly with depth.
+        blocks: Blocks of each of the three stages, in place of ``depth``.
+        channels: Channels of each stage before ``width`` multiplies them.
 
     Shape:
         Input B x in_chans x H x W, output B x num_classes.
@@ -78,7 +96,7 @@ class CifarResNet(nn.Module):
 
     def __init__(
         self,
-        depth: int,
+        depth: int | None = None,
         num_classes: int = 10,
         in_chans: int = 3,
         width: float = 1.0,
@@ -86,29 +104,31 @@ class CifarResNet(nn.Module):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        blocks: Sequence[int] | None = None,
+        channels: Sequence[int] = (16, 32, 64),
     ) -> None:
         super().__init__()
-        blocks, rest = divmod(depth - 2, 6)
-        if rest or blocks < 1:
-            raise ValueError(f"depth {depth} is not 6 n + 2")
+        counts = _stage_blocks(depth, blocks)
         if shortcut not in ("conv", "pad"):
             raise ValueError(f"shortcut '{shortcut}' is neither 'conv' nor 'pad'")
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
-        channels = [max(1, round(base * width)) for base in (16, 32, 64)]
+        if len(channels) != 3 or any(type(base) is not int or base < 1 for base in channels):
+            raise ValueError(f"channels {channels} are not three whole numbers from 1 up")
+        channels = [max(1, round(base * width)) for base in channels]
         self.conv1 = nn.Conv2d(in_chans, channels[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels[0])
         self.act1 = nn.ReLU(inplace=True)
         self.feature_info = [{"num_chs": channels[0], "reduction": 1, "module": "act1"}]
-        rates = torch.linspace(0, drop_path_rate, 3 * blocks, device="cpu").tolist()
+        rates = iter(torch.linspace(0, drop_path_rate, sum(counts), device="cpu").tolist())
         in_chs = channels[0]
         for stage, out_chs in enumerate(channels):
             layers = []
-            for index in range(blocks):
+            for index in range(counts[stage]):
                 stride = 2 if stage > 0 and index == 0 else 1
-                layers.append(Block(in_chs, out_chs, stride, shortcut, rates[stage * blocks + index]))
+                layers.append(Block(in_chs, out_chs, stride, shortcut, next(rates)))
                 in_chs = out_chs
             self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
             self.feature_info.append({"num_chs": out_chs, "reduction": 2**stage, "module": f"layer{stage + 1}"})
@@ -187,7 +207,7 @@ class CifarResNet(nn.Module):
 DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 default_cfgs = generate_default_cfgs(
     {
-        f"cifar_resnet{depth}.untrained": {
+        f"cifar_resnet{name}.untrained": {
             "url": "",
             "num_classes": 10,
             "input_size": (3, 32, 32),
@@ -199,13 +219,19 @@ default_cfgs = generate_default_cfgs(
             "first_conv": "conv1",
             "classifier": "fc",
         }
-        for depth in DEPTHS
+        for name in ("", *DEPTHS)
     }
 )
 
 
 def _create(depth: int, pretrained: bool, **kwargs: Any) -> CifarResNet:
     return build_model_with_cfg(CifarResNet, f"cifar_resnet{depth}", pretrained, depth=depth, **kwargs)
+
+
+@register_model
+def cifar_resnet(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet with free ``blocks`` and ``channels`` in each stage; ResNet-20 where nothing is said."""
+    return build_model_with_cfg(CifarResNet, "cifar_resnet", pretrained, **kwargs)
 
 
 @register_model

@@ -13,6 +13,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 import visionkd.models.cifar_resnet  # noqa: F401  (registers its networks with timm)
+import visionkd.models.free_mobilenet  # noqa: F401  (the same)
 from visionkd.config.schema import NetworkConfig
 from visionkd.errors import DataError, Problem, RequestError, VisionKDError
 from visionkd.models import torchvision_zoo

@@ -106,6 +106,7 @@ def known_names() -> tuple[str, ...]:
     import timm
 
     import visionkd.models.cifar_resnet  # noqa: F401  (registers its networks with timm)
+    import visionkd.models.free_mobilenet  # noqa: F401  (the same)
 
     torchvision_names = [f"torchvision/{name}" for name in _torchvision_names()]
     return tuple(sorted({*ALIASES, *timm.list_models(), *torchvision_names}))
@@ -123,6 +124,7 @@ def _network(name: str) -> Resolved | None:
     from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 
     import visionkd.models.cifar_resnet  # noqa: F401  (registers its networks with timm)
+    import visionkd.models.free_mobilenet  # noqa: F401  (the same)
 
     library, _, rest = name.rpartition("/")
     if library not in ("", "timm", "torchvision"):

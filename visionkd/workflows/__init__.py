@@ -16,6 +16,7 @@ _MODULES = {
     "export": "export",
     "bench": "bench",
     "report": "report",
+    "search": "search",
     "doctor": "doctor",
     "check_data": "data",
     "list_data": "data",

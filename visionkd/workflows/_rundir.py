@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from visionkd.config.load import dump_config
 from visionkd.config.schema import RunConfig
+from visionkd.config.search import SearchConfig
 from visionkd.errors import InterruptedRunError, Problem, RequestError, VisionKDError, WorkError
 from visionkd.files import write_text
 from visionkd.types import Listener, Progress
@@ -30,6 +31,7 @@ _FREE_ON_RESUME = (
     "report",
     "training.checkpoint_every_s",
     "data.max_unreadable",
+    "evaluations",
 )
 _WAIT_S = 0.5
 
@@ -130,7 +132,7 @@ class RunListener(Listener):
 
 @contextlib.contextmanager
 def open_run(
-    path: Path, *, config: RunConfig, command: str, resume: bool, overwrite: bool, listener: Listener
+    path: Path, *, config: RunConfig | SearchConfig, command: str, resume: bool, overwrite: bool, listener: Listener
 ) -> Iterator[tuple[RunDirectory, RunListener]]:
     """Create or reopen the run in ``path``, hold its lock, and record how the block ended.
 
@@ -218,7 +220,7 @@ def _check_taken(path: Path, *, resume: bool, overwrite: bool) -> None:
             )
 
 
-def _check_same(path: Path, config: RunConfig) -> None:
+def _check_same(path: Path, config: RunConfig | SearchConfig) -> None:
     before = _flat(yaml.safe_load(read_run_config(path)) or {})
     after = _flat(config.model_dump(mode="json"))
     problems = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from visionkd.types import MetricRow
 
@@ -81,3 +82,34 @@ class ReportResult:
     """The written page."""
 
     file: Path
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """A finished search.
+
+    Attributes:
+        run: The run directory.
+        table: The best candidates, the best first.
+        command: The distillation of the best one, as it is typed; None where there is none.
+        student: The same student as a configuration: ``name``, ``args``, ``img_size``, ``pretrained``.
+        strategy: How the space was searched.
+        num_scored: Candidates with a score.
+        num_failed: Candidates that could not be built or scored.
+        num_over_budget: Candidates that cost too much.
+        seconds: Time that the search took, earlier parts of a resumed one included.
+        files: What was made, by name: ``state``, ``candidates``, ``pareto``.
+        distilled: The distillation that followed, if it was asked for.
+    """
+
+    run: Path
+    table: tuple[MetricRow, ...]
+    command: str | None
+    student: Mapping[str, Any] | None
+    strategy: str
+    num_scored: int
+    num_failed: int
+    num_over_budget: int
+    seconds: float
+    files: Mapping[str, Path] = field(default_factory=dict)
+    distilled: RunResult | None = None
