@@ -98,3 +98,9 @@ def did_you_mean(name: str, known: Iterable[str], *, count: int = 3) -> str:
         return ""
     quoted = [f"'{match}'" for match in near]
     return f"Did you mean {quoted[0] if len(quoted) == 1 else ', '.join(quoted[:-1]) + ' or ' + quoted[-1]}?"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error of somebody else's code says, or its kind where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.methods.contract import MethodContract, tiny_batch, tiny_network
-from visionkd.config.schema import DistillConfig
+from visionkd.config.schema import DistillConfig, HardAugmentConfig
 from visionkd.methods._learned_augmentation import LearnedAugmentation, with_learned_augmentation
 from visionkd.methods._optimizer import Budget
 from visionkd.methods._turns import READ_EVERY, Turns
@@ -242,13 +242,12 @@ def script(turns, agreements):
     return whose
 
 
+def make_turns(total, **hard):
+    return Turns(HardAugmentConfig(**hard), total)
+
+
 def test_6_turns_have_hysteresis():
-    hard = DistillConfig(
-        student={"name": "a"},
-        teachers=[{"name": "b"}],
-        augment={"hard": {"warmup": 0.1, "max_step_share": 0.5, "upper": 0.9, "lower": 0.7}},
-    ).augment.hard
-    turns = Turns(hard, 1000)
+    turns = make_turns(1000, warmup=0.1, max_step_share=0.5, upper=0.9, lower=0.7)
     whose = script(turns, [1.0] * 100)
     assert not any(whose) and turns.augments  # the warm-up
     script(turns, [0.8] * 20)
@@ -264,12 +263,7 @@ def test_6_turns_have_hysteresis():
 
 
 def test_6_an_augmentor_that_achieves_nothing_is_stopped_and_kept_within_its_share():
-    hard = DistillConfig(
-        student={"name": "a"},
-        teachers=[{"name": "b"}],
-        augment={"hard": {"warmup": 0.0, "cooldown": 0.1, "max_steps": 30, "max_step_share": 0.25}},
-    ).augment.hard
-    turns = Turns(hard, 2000)
+    turns = make_turns(2000, warmup=0.0, cooldown=0.1, max_steps=30, max_step_share=0.25)
     whose = script(turns, [1.0] * 2000)
     lengths = [len(part) for part in "".join("a" if w else "s" for w in whose).split("s") if part]
     assert max(lengths) == 30

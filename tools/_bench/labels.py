@@ -24,7 +24,7 @@ from visionkd.methods.kd import KD, KDOptions
 from visionkd.models.factory import Network, create_network
 from visionkd.tasks.classification import ClassificationTask
 from visionkd.types import Listener
-from visionkd.workflows._labels import FillLabels, Labels, open_labels, resolve_label_store
+from visionkd.workflows._labels import FillLabels, Labels, open_labels, resolve_label_store, store_key
 from visionkd.workflows._training import resolve_training
 
 _CLASSES = 10
@@ -107,11 +107,10 @@ def _measure(
     if workers is not None:
         config.data.workers = workers
     listener = Listener()
-    labels = open_labels(
-        config, data=data, teachers=networks, temperature=4.0, img_size=(_IMG_SIZE, _IMG_SIZE),
-        interpolation="bilinear", epochs=_EPOCHS, listener=listener,
-    )  # fmt: skip
-    assert labels is not None
+    key = store_key(
+        config, data=data, teachers=networks, temperature=4.0, img_size=(_IMG_SIZE, _IMG_SIZE), interpolation="bilinear"
+    )
+    labels = open_labels(config, key, data=data, teachers=networks, listener=listener)
     supervised = _Epochs(config, setting, data.splits["train"], [])
     online = _Epochs(config, setting, data.splits["train"], networks)
     stored = _Epochs(config, setting, data.splits["train"], networks)

@@ -109,10 +109,10 @@ def machine() -> str:
     return f"{processor()} ({count} threads)"
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of the installed packages that decide a measurement."""
+def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
+    """Return the versions of those packages that are installed; by default of all that decide a measurement."""
     found = {}
-    for package in _PACKAGES:
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

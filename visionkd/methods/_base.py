@@ -154,12 +154,15 @@ class DistillationModule(Hooks, lightning.LightningModule):
 
     def teacher_outputs(self, image: Tensor) -> tuple[Output, ...]:
         """Run every teacher on images in [0, 1], B x 3 x H x W, without gradient and in its own precision."""
+        with torch.no_grad():
+            return self._run_teachers(image, self.teacher_precisions)
+
+    def _run_teachers(self, image: Tensor, precisions: Sequence[str]) -> tuple[Output, ...]:
         self._place_teachers(image.device)
         outputs = []
-        for forward, precision in zip(self._teacher_forwards, self.teacher_precisions, strict=True):
+        for forward, precision in zip(self._teacher_forwards, precisions, strict=True):
             dtype = _AUTOCAST_DTYPES.get(precision)
-            autocast = torch.autocast(image.device.type, dtype=dtype, enabled=dtype is not None)
-            with torch.no_grad(), autocast:
+            with torch.autocast(image.device.type, dtype=dtype, enabled=dtype is not None):
                 outputs.append(forward(image))
         return tuple(outputs)
 

@@ -13,13 +13,13 @@ says what of this is theirs and what is this project's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from visionkd.config.schema import RunConfig
 from visionkd.errors import Problem
@@ -27,8 +27,10 @@ from visionkd.losses.disagreement import augmentor_loss
 from visionkd.methods._augmentation_pictures import FOLDER, Pictures
 from visionkd.methods._augmentors import Gaussians, build_augmentor
 from visionkd.methods._base import DistillationModule
+from visionkd.methods._optimizer import step_together
 from visionkd.methods._turns import Turns
 from visionkd.methods._vdvae import Pretraining, find_vae, save_vae
+from visionkd.models.modes import evaluating
 from visionkd.models.network import Network
 from visionkd.types import Output
 
@@ -140,7 +142,7 @@ class LearnedAugmentation(DistillationModule):
             teacher_probs = self.soft_label(self.teacher_outputs(image))
         augmented = self.augmented(image)
         # float16 without loss scaling would lose small gradients
-        with _evaluating(self.student), torch.autocast(image.device.type, enabled=False) if half else nullcontext():
+        with evaluating(self.student), torch.autocast(image.device.type, enabled=False) if half else nullcontext():
             student = self.student_output(augmented)
             teachers = self._teachers_with_gradient(augmented)
         found = augmentor_loss(
@@ -162,13 +164,7 @@ class LearnedAugmentation(DistillationModule):
 
     def _teachers_with_gradient(self, image: Tensor) -> tuple[Output, ...]:
         """Run every teacher as :meth:`teacher_outputs` does, with gradient to the image; float16 becomes float32."""
-        self._place_teachers(image.device)
-        outputs = []
-        for forward, precision in zip(self._teacher_forwards, self.teacher_precisions, strict=True):
-            bf16 = precision == "bf16"
-            with torch.autocast(image.device.type, dtype=torch.bfloat16 if bf16 else None, enabled=bf16):
-                outputs.append(forward(image))
-        return tuple(outputs)
+        return self._run_teachers(image, ["32" if each == "16" else each for each in self.teacher_precisions])
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
@@ -184,12 +180,12 @@ class LearnedAugmentation(DistillationModule):
             self._take_picture(None)
 
     def _step_augmentor(self) -> None:
-        flat = self._mean_of_ranks(torch.cat([p.grad.flatten() for p in self._phi]))
-        for parameter, gradient in zip(self._phi, flat.split([p.numel() for p in self._phi]), strict=True):
-            parameter.grad = gradient.view_as(parameter)
-        nn.utils.clip_grad_norm_(self._phi, self.config.augment.hard.clip_grad_norm)
-        self._augmentor_optimizer.step()
-        self._augmentor_optimizer.zero_grad()
+        step_together(
+            self._augmentor_optimizer,
+            self._phi,
+            clip_grad_norm=self.config.augment.hard.clip_grad_norm,
+            mean_of_ranks=self._mean_of_ranks,
+        )
         self.augmentor.constrain()
 
     def _pretrain(self, image: Tensor) -> None:
@@ -228,7 +224,7 @@ class LearnedAugmentation(DistillationModule):
         shown = self._pictures.images.to(self.device).float() / 255.0
         augmented = self.augmented(shown, torch.Generator().manual_seed(0))
         # without autocast, which would remember weights that were cast without gradient
-        with _evaluating(self.student), torch.autocast(self.device.type, enabled=False):
+        with evaluating(self.student), torch.autocast(self.device.type, enabled=False):
             student = self.student(augmented)
         facts = {
             "parameters": self.augmentor.summary(),
@@ -311,15 +307,3 @@ def with_learned_augmentation(method: type[DistillationModule]) -> type[Distilla
 def _agreement(student_logits: Tensor, teacher_probs: Tensor) -> Tensor:
     """Return the share of images of which both name the same class, a scalar."""
     return (student_logits.argmax(1) == teacher_probs.argmax(1)).float().mean()
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    """Put a network into eval mode for a while, so that its running statistics do not move."""
-    training = [module for module in network.modules() if module.training]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

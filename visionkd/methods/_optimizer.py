@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from timm.optim import param_groups_weight_decay
-from torch import nn
+from torch import Tensor, nn
 
 from visionkd.config.schema import RunConfig, ScheduleConfig
 
@@ -91,3 +92,26 @@ def _with_rate(groups: list[dict[str, Any]], projectors: nn.Module, lr: float) -
         parts = ([p for p in group["params"] if id(p) not in own], [p for p in group["params"] if id(p) in own])
         split += [{**group, "params": parts[0]}, {**group, "params": parts[1], "lr": lr}]
     return [group for group in split if group["params"]]
+
+
+def step_together(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    *,
+    clip_grad_norm: float,
+    mean_of_ranks: Callable[[Tensor], Tensor],
+) -> None:
+    """Step parameters that no wrapper knows of: with the mean gradient of all processes, clipped; then clear it.
+
+    Args:
+        optimizer: Of these parameters.
+        parameters: All have a gradient.
+        clip_grad_norm: Largest norm of the mean gradient.
+        mean_of_ranks: Averages a tensor over all processes.
+    """
+    flat = mean_of_ranks(torch.cat([p.grad.flatten() for p in parameters]))
+    for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = gradient.view_as(parameter)
+    nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()

@@ -28,6 +28,7 @@ from visionkd.config.schema import HardAugmentConfig
 from visionkd.errors import Problem
 from visionkd.files import write_bytes
 from visionkd.methods._augmentors import Augmentor
+from visionkd.methods._optimizer import step_together
 
 SIZE = 32
 _WIDTH, _HIDDEN, _LATENTS = 32, 16, 8
@@ -244,14 +245,9 @@ class Pretraining:
         assert self.part is not None and self.optimizer is not None
         with torch.autocast(image.device.type, enabled=False), torch.enable_grad():
             loss = self.part.vae_loss(image[:_BATCH], generator)
-        self.optimizer.zero_grad()
         loss.backward()
         parameters = list(self.part.vae.parameters())
-        flat = mean_of_ranks(torch.cat([p.grad.flatten() for p in parameters]))
-        for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad.copy_(gradient.view_as(parameter))
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        self.optimizer.step()
+        step_together(self.optimizer, parameters, clip_grad_norm=1.0, mean_of_ranks=mean_of_ranks)
         self.steps_left -= 1
         if not self.steps_left:
             self.part.vae.requires_grad_(False)

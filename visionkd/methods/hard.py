@@ -50,9 +50,9 @@ class Divergence(DistillationModule):
     Options: ClassVar[type] = HardOptions
     options: HardOptions
 
-    @property
-    def teacher_temperature(self) -> float:
-        return self.options.temperature
+    @classmethod
+    def label_temperature(cls, options: HardOptions) -> float:
+        return options.temperature
 
     def distill_loss(self, *, student: Output, teachers: tuple[Output, ...], target: Tensor) -> Mapping[str, Tensor]:
         probs, temperature = self.soft_label(teachers), self.options.temperature

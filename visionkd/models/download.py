@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from visionkd.errors import DownloadError, VisionKDError
+from visionkd.errors import DownloadError, VisionKDError, first_line
 from visionkd.models.names import quiet_libraries
 
 PROBE_TIMEOUT_S = 4.0
@@ -92,8 +92,7 @@ def hub_access(wanted: str, repository: str, *, advice: str) -> Iterator[None]:
         if not _is_network_error(error):
             raise
         if online:
-            text = str(error).strip()
-            state = f"{host} did not deliver them: {text.splitlines()[0][:200] if text else type(error).__name__}"
+            state = f"{host} did not deliver them: {first_line(error)[:200]}"
         raise DownloadError(message + state, hint=advice) from error
     finally:
         constants.HF_HUB_OFFLINE = switched_off

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from visionkd.errors import RequestError
-from visionkd.models.network import Network
+from visionkd.models.network import Network, main_logits
 from visionkd.models.plan import Plan, Stage, Tap, as_map
 from visionkd.models.stages import final_width, four_stages, has_class_token, plan_of, stages
 from visionkd.types import Output
@@ -67,7 +67,7 @@ def _from_timm(net: Any, image: Tensor, chosen: Sequence[int]) -> FeatureOutput:
     final, maps = net.forward_intermediates(image, indices=order, output_fmt="NCHW")
     found = dict(zip(order, maps, strict=True))
     tokens = final if final.ndim == 3 else None
-    return FeatureOutput(_first(net.forward_head(final)), tuple(found[index] for index in chosen), tokens)
+    return FeatureOutput(main_logits(net.forward_head(final)), tuple(found[index] for index in chosen), tokens)
 
 
 def _from_hooks(net: nn.Module, image: Tensor, plan: Plan, taps: Sequence[Tap]) -> FeatureOutput:
@@ -84,7 +84,7 @@ def _from_hooks(net: nn.Module, image: Tensor, plan: Plan, taps: Sequence[Tap]) 
 
     handles = [net.get_submodule(name).register_forward_hook(keeper(name, copy)) for name, copy in names.items()]
     try:
-        logits = _first(net(image))
+        logits = main_logits(net(image))
     finally:
         for handle in handles:
             handle.remove()
@@ -95,7 +95,3 @@ def _from_hooks(net: nn.Module, image: Tensor, plan: Plan, taps: Sequence[Tap]) 
         None if plan.tokens is None else seen[plan.tokens],
         prefix_tokens=prefixes,
     )
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

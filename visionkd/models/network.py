@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from visionkd.errors import RequestError, WorkError
+from visionkd.errors import RequestError, WorkError, first_line
 from visionkd.models.classes import counted
+from visionkd.models.modes import evaluating
 from visionkd.models.normalize import Normalize, resize
 from visionkd.types import InputSpec, Output
 
@@ -73,7 +74,7 @@ class Network(nn.Module):
 
     def forward(self, image: Tensor) -> Output:
         """Return the logits for ``image``, B x 3 x H x W in [0, 1]."""
-        return Output(logits=_first(self.net(self.prepare(image))))
+        return Output(logits=main_logits(self.net(self.prepare(image))))
 
     def forward_features(self, image: Tensor) -> Tensor:
         """Return the last feature map (or the tokens, B x N x D, of a transformer) before pooling."""
@@ -101,10 +102,8 @@ class Network(nn.Module):
             else:
                 parameter = next(self.net.parameters())
                 blank = torch.zeros(1, 3, *self.input.img_size, device=parameter.device, dtype=parameter.dtype)
-                training = self.training
-                with torch.no_grad():
-                    self._embedding_dim = self.eval().embed(blank).shape[1]
-                self.train(training)
+                with torch.no_grad(), evaluating(self):
+                    self._embedding_dim = self.embed(blank).shape[1]
         return self._embedding_dim
 
     # The classifier ---------------------------------------------------------------------------------------------------
@@ -181,7 +180,7 @@ class Network(nn.Module):
         return f"{self.source}/{self.architecture}, {self.num_classes} classes, {height} x {width} px"
 
 
-def _first(output: Any) -> Tensor:
+def main_logits(output: Any) -> Tensor:
     """Return the main logits of a network that answers with several (Inception's auxiliary heads)."""
     return output[0] if isinstance(output, tuple) else output
 
@@ -261,9 +260,8 @@ def check_img_size(net: nn.Module, img_size: tuple[int, int], name: str) -> None
     except NotImplementedError:
         return  # an operator that the meta device lacks says nothing about the size
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RequestError(
-            f"'{name}' does not take images of {img_size[0]} x {img_size[1]} pixels: {reason}",
+            f"'{name}' does not take images of {img_size[0]} x {img_size[1]} pixels: {first_line(error)}",
             hint="Choose another img_size, usually a multiple of 32, or leave it out to take the network's own.",
         ) from error
 

@@ -7,8 +7,7 @@ channels last, tokens with a class token in front), and stands in where timm say
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from visionkd.errors import RequestError
-from visionkd.models.network import Network
+from visionkd.models.modes import evaluating
+from visionkd.models.network import Network, main_logits
 
 Layout = Literal["map", "tokens"]
 
@@ -106,7 +106,7 @@ def make_plan(network: Network) -> Plan:
     # nothing random: the generators must not be left in another state by the first call than by the next ones
     image = torch.linspace(-2.0, 2.0, 2 * 3 * size[0] * size[1], device=parameter.device).to(parameter.dtype)
     image = image.view(2, 3, *size)
-    with _eval_mode(net):
+    with evaluating(net):
         logits, seen = _look(net, image)
         info = _feature_info(net)
         final, maps = _intermediates(net, image) if info else (None, ())
@@ -160,18 +160,6 @@ def _feature_info(net: Any) -> list[dict[str, Any]]:
     return list(info) if isinstance(info, list) else info.get_dicts()
 
 
-@contextmanager
-def _eval_mode(net: nn.Module) -> Iterator[None]:
-    """Put ``net`` into eval mode and each of its modules back into the mode that it was in."""
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def _look(net: nn.Module, image: Tensor) -> tuple[Tensor, dict[str, _Seen]]:
     """Run ``net`` and return its logits and what each module gave last, in the order of their ends."""
     seen: dict[str, _Seen] = {}
@@ -190,7 +178,7 @@ def _look(net: nn.Module, image: Tensor) -> tuple[Tensor, dict[str, _Seen]]:
     finally:
         for handle in handles:
             handle.remove()
-    return (output[0] if isinstance(output, tuple) else output), seen
+    return main_logits(output), seen
 
 
 def _intermediates(net: Any, image: Tensor) -> tuple[Tensor | None, Sequence[Tensor]]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionkd.errors import DataError, RequestError
+from visionkd.errors import DataError, RequestError, first_line
 
 #: Keys under which training programs keep their weights, the averaged ones first.
 _CONTAINERS = (
@@ -72,7 +72,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
         raise DataError(
-            f"'{path}' cannot be read as a weight file: {_line(error)}", hint="Copy or download it again."
+            f"'{path}' cannot be read as a weight file: {first_line(error)[:200]}", hint="Copy or download it again."
         ) from error
     return _find_state_dict(content, path), {}
 
@@ -85,7 +85,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise DataError(
-            f"'{path}' cannot be read as a safetensors file: {_line(error)}", hint="Copy or download it again."
+            f"'{path}' cannot be read as a safetensors file: {first_line(error)[:200]}",
+            hint="Copy or download it again.",
         ) from error
 
 
@@ -181,11 +182,6 @@ def _differences(net: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
 def _some(keys: list[str], count: int = 6) -> str:
     text = ", ".join(keys[:count])
     return f"{text} and {len(keys) - count} more" if len(keys) > count else text
-
-
-def _line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
 
 
 def json_or_none(text: str | None) -> Any:

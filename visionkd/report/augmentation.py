@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +13,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
 from visionkd.report.data import Curve, Curves
-from visionkd.report.figures import PANEL, PANEL_WIDTH, _thin, _tick
+from visionkd.report.figures import PANEL, PANEL_WIDTH, thin, tick
+from visionkd.report.pictures import picture_uri
 from visionkd.report.svg import MUTED, STUDENT, TEACHER, LegendItem, Picture, canvas, to_svg
 from visionkd.report.text import MINUS, NBSP
 
@@ -89,21 +88,13 @@ def strips(moments: Sequence[Moment]) -> list[Strip]:
     for moment in moments:
         same = sum(s == t for s, t in zip(moment.student, moment.teacher, strict=False))
         note = f"both agree on {same} of {moment.count}"
-        rows.append(_strip(f"Epoch {_tick(round(moment.epoch, 2))}", note, moment.augmented, moment.count))
+        rows.append(_strip(f"Epoch {tick(round(moment.epoch, 2))}", note, moment.augmented, moment.count))
     return rows
 
 
 def _strip(title: str, note: str, image: Image.Image, count: int) -> Strip:
     small = image.width // max(1, count) <= _SMALL
-    out = io.BytesIO()
-    try:
-        image.save(out, "WEBP", quality=80, lossless=small, method=4)
-        kind = "webp"
-    except (OSError, KeyError):  # Pillow without WebP
-        out = io.BytesIO()
-        image.save(out, "PNG")
-        kind = "png"
-    data = f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
+    data = picture_uri(image, quality=80, lossless=small, without_webp="PNG")
     return Strip(title, note, data, small)
 
 
@@ -167,7 +158,7 @@ def turn_pictures(curves: Curves | None) -> list[Picture]:
     pictures = []
     for key, title, lines, scale in panels:
         drawn = [(curves.get(name, "train"), color, item, style) for name, color, item, style in lines]
-        drawn = [(_scaled(_thin(curve), scale), *rest) for curve, *rest in drawn if curve is not None]
+        drawn = [(_scaled(thin(curve), scale), *rest) for curve, *rest in drawn if curve is not None]
         if not any(len(curve.values) > 1 for curve, *_ in drawn):
             continue
         with canvas(*PANEL) as figure:
@@ -177,7 +168,7 @@ def turn_pictures(curves: Curves | None) -> list[Picture]:
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             axes.yaxis.set_major_locator(MaxNLocator(5))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
             axes.grid(visible=False, axis="x")
             largest = max(float(np.max(curve.values)) for curve, *_ in drawn)
             axes.set_ylim(0.0, 104.0 if scale == 100.0 else 1.08 * max(largest, 1e-6))

@@ -55,7 +55,7 @@ def learning_curves(curves: Curves, baseline: Curves | None = None, *, student: 
         if compare:
             lines = _compared(curves, baseline, metrics[0], student)
         else:
-            named = [(m, _thin(curve)) for m in metrics if (curve := curves.get(m, "train")) is not None]
+            named = [(m, thin(curve)) for m in metrics if (curve := curves.get(m, "train")) is not None]
             styles = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)))
             lines = [
                 (
@@ -74,7 +74,7 @@ def learning_curves(curves: Curves, baseline: Curves | None = None, *, student: 
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             axes.yaxis.set_major_locator(MaxNLocator(5))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
             axes.grid(visible=False, axis="x")
             axes.margins(x=0.02, y=0.08)
             values = np.concatenate([curve.values for _, curve, _ in lines])
@@ -98,25 +98,25 @@ def _compared(
             lines.append(
                 (
                     LegendItem(role, f"{name}, training", "dashed"),
-                    _thin(train),
+                    thin(train),
                     {"linestyle": (0, (3, 2)), "linewidth": 1.1, "alpha": 0.8},
                 )
             )
         val = source.get(metric, "val") or source.get(metric, "test")
         if val is not None:
             marker = {"marker": "o", "markersize": 3.0} if len(val.values) <= 30 else {}
-            lines.append((LegendItem(role, f"{name}, validation"), _thin(val), marker))
+            lines.append((LegendItem(role, f"{name}, validation"), thin(val), marker))
     return lines
 
 
-def _thin(curve: Curve) -> Curve:
+def thin(curve: Curve) -> Curve:
     if len(curve.values) <= MAX_POINTS:
         return curve
     parts = np.array_split(np.arange(len(curve.values)), MAX_POINTS)
     return Curve(np.array([curve.epochs[p].mean() for p in parts]), np.array([curve.values[p].mean() for p in parts]))
 
 
-def _tick(value: float) -> str:
+def tick(value: float) -> str:
     if value == 0:
         return "0"
     if abs(value) < 1e-3:
@@ -156,7 +156,7 @@ def accuracy_against_cost(student: ModelRow, teachers: Sequence[ModelRow], basel
                 axes.plot(
                     [x], [y], color=COLORS[role], marker=marks[role][0], linestyle="none", markersize=marks[role][2]
                 )
-            _log_axis(axes, [x for _, x, _ in points])
+            log_axis(axes, [x for _, x, _ in points])
             low, high = min(y for *_, y in points), max(y for *_, y in points)
             pad = max(0.2 * (high - low), 0.5)
             axes.set_ylim(low - pad, high + pad)
@@ -164,14 +164,14 @@ def accuracy_against_cost(student: ModelRow, teachers: Sequence[ModelRow], basel
             axes.yaxis.set_major_locator(
                 FixedLocator([y for y in MaxNLocator(5).tick_values(low - pad, high + pad) if 0 <= y <= 100])
             )
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
             axes.set_ylabel("top-1, %")
             svg = to_svg(figure, key, f"Top-1 accuracy against {title}")
         pictures.append(Picture(svg, title, PANEL_WIDTH, legend=legend))
     return pictures
 
 
-def _log_axis(axes: Axes, values: Sequence[float]) -> None:
+def log_axis(axes: Axes, values: Sequence[float]) -> None:
     """A logarithmic x axis with plain numbers 1, 2, 5 x 10^k as ticks, as many as fit."""
     low, high = math.log10(min(values)), math.log10(max(values))
     pad = max(0.12 * (high - low), 0.08)
@@ -185,7 +185,7 @@ def _log_axis(axes: Axes, values: Sequence[float]) -> None:
             break
     axes.xaxis.set_major_locator(FixedLocator(ticks[:: math.ceil(len(ticks) / 6)]))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
 
 
 def class_bars(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,6 +16,7 @@ import visionkd
 from visionkd.errors import VisionKDError
 from visionkd.report import analysis, augmentation, figures
 from visionkd.report.data import Evaluation, ModelRow, ReportData
+from visionkd.report.pictures import picture_uri
 from visionkd.report.text import (
     flatten,
     percent,
@@ -248,14 +247,6 @@ def _thumbnail(load: Callable[[int], Image.Image] | None, index: int) -> tuple[s
         image = load(index).convert("RGB")
         image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS, reducing_gap=2.0)
         small = max(image.size) <= THUMBNAIL // 2
-        out = io.BytesIO()
-        try:
-            image.save(out, "WEBP", quality=78, lossless=small, method=4)
-            kind = "webp"
-        except (OSError, KeyError):  # Pillow without WebP
-            out = io.BytesIO()
-            image.save(out, "JPEG", quality=85)
-            kind = "jpeg"
+        return picture_uri(image, quality=78, lossless=small), small
     except (VisionKDError, OSError, ValueError, IndexError):
         return "", False  # the picture has gone since it was evaluated; the words still help
-    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}", small

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from matplotlib.ticker import MaxNLocator
 
-from visionkd.report.figures import _log_axis
+from visionkd.report.figures import log_axis
 from visionkd.report.svg import BASELINE, MUTED, STUDENT, TEACHER, canvas, to_svg
 
 # A file of its own has no page to take its colours from: those of the report, for light and for dark.
@@ -61,7 +61,7 @@ def pareto_svg(panels: Mapping[str, Panel], *, score: str) -> str:
             if panel.limit is not None:
                 axes.axvline(panel.limit, color=TEACHER, linewidth=1.0, linestyle=(0, (3, 2)))
             if max(costs) > min(costs) > 0:
-                _log_axis(axes, costs)
+                log_axis(axes, costs)
             axes.yaxis.set_major_locator(MaxNLocator(5))
             axes.set_xlabel(panel.title)
             if number == 0:

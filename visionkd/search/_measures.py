@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionkd.errors import WorkError
-from visionkd.models.network import Network
+from visionkd.models.network import Network, main_logits
 from visionkd.search._passes import Batch, placed, seeded
 
 #: Activations that are open above zero; timm's own classes have the same names.
@@ -81,7 +81,7 @@ def synflow(network: Network, batch: Batch) -> float:
     device = next(net.parameters()).device
     ones = torch.ones(1, 3, *network.input.img_size, dtype=torch.float64, device=device)
     output = net(ones)
-    (output[0] if isinstance(output, tuple) else output).sum().backward()
+    main_logits(output).sum().backward()
     flow = sum((p * p.grad).abs().sum() for p in net.parameters() if p.grad is not None)
     return float(torch.as_tensor(flow).detach().log())
 

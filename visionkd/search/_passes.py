@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from visionkd.errors import RequestError, WorkError
 from visionkd.models import torchvision_zoo
 from visionkd.models.factory import Network  # with it, timm knows this project's own networks
-from visionkd.models.network import head_names
+from visionkd.models.network import head_names, main_logits
 
 #: How weights are drawn.
 INITS = ("default", "gaussian")
@@ -142,7 +142,7 @@ def _forward(network: Network, image: Tensor) -> tuple[Tensor, Tensor]:
     logits = answers[-1] if answers else net.forward_head(feature)
     if not isinstance(feature, Tensor):
         raise WorkError(f"'{network.architecture}' has no single last map: {type(feature).__name__}")
-    return feature, logits[0] if isinstance(logits, tuple) else logits
+    return feature, main_logits(logits)
 
 
 def _head_weight(network: Network) -> nn.Parameter:

@@ -23,6 +23,7 @@ from visionkd.errors import VisionKDError
 from visionkd.models.factory import create_network
 from visionkd.models.network import Network
 from visionkd.search import scores
+from visionkd.search._passes import seeded
 from visionkd.search.evolution import Answer
 
 _DIED = "the process that examined it died; it may have needed more memory than there is"
@@ -187,8 +188,7 @@ def _told(work: Any) -> Answer:
 def _built(config: NetworkConfig, seed: int, *, num_classes: int | None = None) -> Network:
     """Build a network whose random weights follow from ``seed`` alone; published ones are not fetched."""
     untrained = config.model_copy(update={"pretrained": False})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return create_network(untrained, num_classes=num_classes, in_training=True)
 
 

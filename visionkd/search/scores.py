@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from visionkd.benchmark.complexity import measure_complexity
-from visionkd.errors import Problem, RequestError, WorkError, did_you_mean
+from visionkd.errors import Problem, RequestError, WorkError, did_you_mean, first_line
 from visionkd.losses.distillation import kd_loss
 from visionkd.losses.diswot import (
     class_relation_distance,
@@ -153,8 +153,8 @@ def _told(network: Network, name: str, work: Callable[[], Any]) -> Any:
     except WorkError:
         raise
     except Exception as error:  # a network may fail in any way, and a search goes on without it
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WorkError(f"'{network.architecture}' cannot be scored by '{name}': {said}") from error
+        message = f"'{network.architecture}' cannot be scored by '{name}': {first_line(error)}"
+        raise WorkError(message) from error
 
 
 def teacher_statistics(teacher: Network, batch: Batch, *, init: str = "default") -> TeacherStatistics:

@@ -27,6 +27,7 @@ from visionkd.teachers._manifest import (
     MANIFEST,
     Manifest,
     differences,
+    labels_root,
     nearest_store,
     read_manifest,
     refuse,
@@ -36,7 +37,7 @@ from visionkd.teachers._shard_map import ShardMap, Stamp, stamp_of
 from visionkd.teachers._shards import HEADER_BYTES, DamagedError, RowFormat, Storage, shard_name, write_shard
 from visionkd.teachers.stored_labels import StoredLabels, decode, encode
 
-__all__ = ["LabelStore", "StoredLabels", "estimate_bytes", "nearest_store", "store_path"]
+__all__ = ["LabelStore", "StoredLabels", "estimate_bytes", "labels_root", "nearest_store", "store_path"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -7,22 +7,22 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from visionkd.benchmark.record import versions
 from visionkd.config.schema import DistillConfig
-from visionkd.data.archive import cache_root
 from visionkd.data.loader import TrainLoader
 from visionkd.errors import Problem, RequestError
 from visionkd.methods._base import DistillationModule
 from visionkd.methods._stored import StoredTeachers
 from visionkd.models.network import Network
-from visionkd.teachers.store import LabelStore, estimate_bytes, nearest_store, store_path
+from visionkd.teachers.store import LabelStore, estimate_bytes, labels_root, nearest_store, store_path
 from visionkd.types import DataSet, Listener, Progress
+from visionkd.workflows._method import method_name
 
 _FULL_UP_TO_CLASSES = 100
 _FEWEST_VIEWS = 10
@@ -47,7 +47,7 @@ def resolve_label_store(
             raise RequestError(
                 Problem(
                     "--cache-teacher",
-                    f"'{config.method}' needs more of its teachers than probabilities, with these options,"
+                    f"'{method_name(config)}' needs more of its teachers than probabilities, with these options,"
                     " so what they say cannot be kept",
                     "Leave it out.",
                 )
@@ -77,7 +77,7 @@ def resolve_label_store(
 
 
 def _free_bytes(path: str | None) -> int:
-    place = Path(path).expanduser() if path else cache_root()
+    place = Path(path).expanduser() if path else labels_root()
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
@@ -89,40 +89,32 @@ class Labels:
 
     Attributes:
         store: The store.
-        views: Views of each sample that the run takes.
         rest: What becomes of classes that are not stored.
         ahead: Whether all of them are to be there before the training begins.
     """
 
     store: LabelStore
-    views: int
     rest: str
     ahead: bool
 
 
 def open_labels(
-    config: DistillConfig,
-    *,
-    data: DataSet,
-    teachers: Sequence[Network],
-    temperature: float,
-    img_size: tuple[int, int],
-    interpolation: str,
-    epochs: int,
-    listener: Listener,
-) -> Labels | None:
-    """Open the store that belongs to a run, and say what it saves; None where the run takes none.
+    config: DistillConfig, key: Mapping[str, Any], *, data: DataSet, teachers: Sequence[Network], listener: Listener
+) -> Labels:
+    """Open the store that belongs to a run which takes one, and say what it saves.
+
+    Args:
+        config: Settings of the training, with ``label_store`` resolved.
+        key: What :func:`store_key` gave for it.
+        data: What is trained on.
+        teachers: Whose labels they are.
+        listener: Is told what is kept.
 
     Raises:
         RequestError: If the directory that was named holds labels of another teacher, data set, view or library.
     """
     settings = config.label_store
-    if settings.mode != "on":
-        return None
     assert settings.views is not None and settings.storage != "auto", "resolve_label_store decides both"
-    key = store_key(
-        config, data=data, teachers=teachers, temperature=temperature, img_size=img_size, interpolation=interpolation
-    )
     form = {"storage": settings.storage, "top_k": settings.top_k}
     path = Path(settings.path).expanduser() if settings.path else store_path(key, **form)
     if not path.exists() and (near := nearest_store(key)) is not None:
@@ -137,8 +129,8 @@ def open_labels(
         on_message=listener.message,
         **form,
     )
-    listener.message(_what_it_saves(store, settings.views, epochs, ahead=settings.ahead))
-    return Labels(store, settings.views, settings.rest, settings.ahead)
+    listener.message(_what_it_saves(store, settings.views, config.training.epochs, ahead=settings.ahead))
+    return Labels(store, settings.rest, settings.ahead)
 
 
 def _what_it_saves(store: LabelStore, views: int, epochs: int, *, ahead: bool) -> str:
@@ -197,15 +189,8 @@ def store_key(
             "interpolation": interpolation,
             "view_seed": config.label_store.view_seed,
         },
-        "versions": {name: _version(name) for name in _LIBRARIES},
+        "versions": versions(_LIBRARIES),
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def weights_hash(network: Network) -> str:

@@ -15,8 +15,6 @@ from visionkd.models.network import Network
 from visionkd.types import Listener
 from visionkd.workflows._request import METHODS
 
-COMBINED = "combined"
-
 
 def choose_method(
     config: DistillConfig,
@@ -83,9 +81,10 @@ def suggested_method(*, student: Network, teachers: Sequence[Network], unlabeled
 def _combination(config: DistillConfig) -> tuple[type[DistillationModule], Any]:
     from visionkd.methods._combined import Combined, CombinedOptions, Part
 
-    parts, problems = [], []
+    parts, problems, losses = [], [], {}
     known = registry.names(METHODS)
     for name, loss in config.losses.items():
+        losses[name] = loss
         if name == "task_loss":
             if loss.options:
                 problems.append(Problem(f"losses.{name}.options", "the labels' own loss has no options"))
@@ -98,7 +97,8 @@ def _combination(config: DistillConfig) -> tuple[type[DistillationModule], Any]:
         problems += [Problem(f"losses.{name}.{each.key}", each.message, each.hint) for each in wrong]
         if not wrong:
             parts.append(Part(name, method, build_options(method.Options, loss.options), loss.weight))
-    if config.method not in ("auto", COMBINED):
+            losses[name] = loss.model_copy(update={"options": asdict(parts[-1].options)})
+    if config.method != "auto":
         problems.append(Problem("method", f"'{config.method}' contradicts 'losses'", "Give one of the two."))
     if not problems and not any(part.weight for part in parts):
         problems.append(Problem("losses", "names no method with a weight above 0, so no teacher would be listened to"))
@@ -106,16 +106,9 @@ def _combination(config: DistillConfig) -> tuple[type[DistillationModule], Any]:
         problems.append(Problem("options", "belong below each method's name in 'losses'"))
     if problems:
         raise RequestError(problems)
-    config.losses = {
-        name: loss if name == "task_loss" else loss.model_copy(update={"options": _options_of(parts, name)})
-        for name, loss in config.losses.items()
-    }
+    config.losses = losses
     task_weight = config.losses["task_loss"].weight if "task_loss" in config.losses else 0.0
     return Combined.of(parts), CombinedOptions(tuple(parts), task_weight)
-
-
-def _options_of(parts: Sequence[Any], name: str) -> dict[str, Any]:
-    return next(asdict(part.options) for part in parts if part.name == name)
 
 
 def method_name(config: DistillConfig) -> str:

@@ -8,14 +8,13 @@ import platform
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import visionkd
-from visionkd.benchmark.record import processor
+from visionkd.benchmark.record import processor, versions
 from visionkd.config.schema import NetworkConfig, RunConfig
 from visionkd.data.open import open_data
 from visionkd.errors import DataError
@@ -139,12 +138,6 @@ def write_environment(run: RunDirectory, command: str) -> None:
     """Write ``environment.json``."""
     if not run.writes:
         return
-    versions = {}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     content = {
         "command": command,
         "visionkd": visionkd.__version__,
@@ -155,7 +148,7 @@ def write_environment(run: RunDirectory, command: str) -> None:
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "libraries": versions,
+        "libraries": versions(_LIBRARIES),
     }
     write_text(run.path / "environment.json", json.dumps(content, indent=2) + "\n")
 

@@ -16,7 +16,7 @@ from visionkd.models.network import Network
 from visionkd.tasks.classification import ClassificationTask
 from visionkd.types import DataSet, Listener
 from visionkd.workflows._finetune import finetune_teacher
-from visionkd.workflows._labels import open_labels, resolve_label_store
+from visionkd.workflows._labels import open_labels, resolve_label_store, store_key
 from visionkd.workflows._method import choose_method, method_name
 from visionkd.workflows._networks import (
     check_fit,
@@ -158,6 +158,7 @@ class _Distillation:
             config, student=self.student, teachers=self.teachers, listener=listener,
             unlabeled=needs_preparation(self.data, self.pool),
         )  # fmt: skip
+        self.trainings = self.method.stages(config, self.options)
         check_unlabeled(
             config, self.data, method_name(config), uses_labels=self.method.uses_labels, teachers=self.teachers
         )
@@ -199,8 +200,7 @@ class _Distillation:
         )
         with opened as (run, listener):
             write_environment(run, command)
-            trainings = self.method.stages(config, self.options)
-            names = [training.name for training in trainings]
+            names = [training.name for training in self.trainings]
             if needs_preparation(self.data, self.pool):
                 names.insert(0, UNLABELED)
             stages = Stages(
@@ -212,7 +212,7 @@ class _Distillation:
                 self._prepare_unlabeled(run, listener, stages)
             self._say_method(listener)
             student = self.student
-            for training in trainings:
+            for training in self.trainings:
                 student = self._train(student, training, run, listener, stages)
             if not run.writes:
                 return RunResult(run.path, {})
@@ -286,21 +286,23 @@ class _Distillation:
             if not todo and (run.model.is_dir() or kept.is_dir()):
                 return load_network(str(run.model if run.model.is_dir() else kept)).train()
             config, data = stage_config(self.config, training), stage_data(self.data, training)
-            epochs = config.training.epochs
-            labels = open_labels(
-                config, data=data, teachers=self.teachers, temperature=self.method.label_temperature(self.options),
-                img_size=self.img_size, interpolation=student.input.interpolation, epochs=epochs, listener=listener,
-            )  # fmt: skip
+            labels = None
+            if config.label_store.mode == "on":
+                key = store_key(
+                    config, data=data, teachers=self.teachers, img_size=self.img_size,
+                    temperature=self.method.label_temperature(self.options), interpolation=student.input.interpolation,
+                )  # fmt: skip
+                labels = open_labels(config, key, data=data, teachers=self.teachers, listener=listener)
             task = ClassificationTask(num_classes=len(data.classes), label_smoothing=config.training.label_smoothing)
             build = partial(
                 self.method, student=student, teachers=self.teachers, task=task, config=config, options=self.options
             )
             module = fit(
                 lambda budget: build(budget=budget), data=data, config=config, student=student,
-                img_size=self.img_size, run=run, stage=training.name, listener=listener, epochs=epochs,
+                img_size=self.img_size, run=run, stage=training.name, listener=listener,
                 views=config.label_store, labels=labels,
             )  # fmt: skip
-            if run.writes and training != self.method.stages(self.config, self.options)[-1]:
+            if run.writes and training != self.trainings[-1]:
                 save_package(
                     module.deployed_student.cpu(), kept, task=data.task, classes=data.classes, metrics={}, origin={}
                 )

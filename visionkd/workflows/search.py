@@ -16,7 +16,7 @@ from visionkd.config.schema import NetworkConfig
 from visionkd.config.search import SearchConfig
 from visionkd.data.open import open_data
 from visionkd.data.subset import stratified_subset
-from visionkd.errors import DataError, RequestError, WorkError
+from visionkd.errors import DataError, RequestError, WorkError, first_line
 from visionkd.export.onnx import export_onnx
 from visionkd.models.factory import create_network
 from visionkd.models.network import Network
@@ -245,8 +245,8 @@ class _Search:
                 try:
                     answer = with_cost(answer, "latency_ms", latency_ms(examiners.first.build(config), backend))
                 except Exception as error:  # an export or a kernel may fail in any way: not the search's matter
-                    said = str(error).splitlines()[0] if str(error) else type(error).__name__
-                    answer = Answer(answer.values, reason=f"latency cannot be measured with {backend}: {said}")
+                    reason = f"latency cannot be measured with {backend}: {first_line(error)}"
+                    answer = Answer(answer.values, reason=reason)
             done.append(answer)
         return done
 
