@@ -337,8 +337,8 @@ def test_stored_answers_stand_for_those_on_clean_images_only():
     target = torch.zeros(8, dtype=torch.int64)
     probs = module.soft_label(module.teacher_outputs(image))
     asked = []
-    forward = module._teacher_forwards[0]
-    module._teacher_forwards[0] = lambda seen: asked.append(seen) or forward(seen)
+    forward = module.frozen.forwards[0]
+    module.frozen.forwards[0] = lambda seen: asked.append(seen) or forward(seen)
     module._noise.manual_seed(0)
     stored = module.loss_terms(image, target, probs)
     assert len(asked) == 1 and not torch.equal(asked[0], image)

@@ -19,13 +19,13 @@ from visionkd.methods._hooks import Hooks
 from visionkd.methods._optimizer import Budget, build_optimizer, clips_scaled_gradients
 from visionkd.methods._stored import StoredTeachers
 from visionkd.methods._sums import RunningMeans
+from visionkd.methods._teachers import FrozenTeachers
 from visionkd.models.factory import Network
 from visionkd.models.features import extract
 from visionkd.tasks.base import Task
 from visionkd.types import Output
 
 _MEMORY_FORMATS = {True: torch.channels_last, False: torch.contiguous_format}
-_AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "16": torch.float16}
 
 
 class DistillationModule(Hooks, lightning.LightningModule):
@@ -65,17 +65,17 @@ class DistillationModule(Hooks, lightning.LightningModule):
             self.ema = AveragedModel(
                 student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
             ).requires_grad_(False)
-        teachers = [self.prepare_teacher(teacher) for teacher in teachers]
-        for teacher in teachers:
-            teacher.requires_grad_(False).to(memory_format=self.memory_format)
-        hidden = self.__dict__  # past nn.Module.__setattr__, which would register them as submodules
-        hidden["teachers"], hidden["_teachers_at"] = tuple(teachers), None
         given = [teacher.precision for teacher in getattr(config, "teachers", ())][: len(teachers)]
-        hidden["teacher_precisions"] = tuple(precision or config.training.precision for precision in given)
+        self.frozen = FrozenTeachers(
+            [self.prepare_teacher(teacher) for teacher in teachers],
+            precisions=[precision or config.training.precision for precision in given],
+            memory_format=self.memory_format,
+            compiled=config.training.compile,
+        )
         stages = tuple(self.student_stages())
         forward: Callable[[Tensor], Output] = partial(extract, student, indices=stages) if stages else student
-        hidden["_student_forward"] = torch.compile(forward) if config.training.compile else forward
-        hidden["_teacher_forwards"] = [torch.compile(t) if config.training.compile else t for t in teachers]
+        # past nn.Module.__setattr__, which would register the student a second time
+        self.__dict__["_student_forward"] = torch.compile(forward) if config.training.compile else forward
         self._mixer = batch_mixer(config.augment, num_classes=student.num_classes)
         self._train_means = RunningMeans()
         #: Stands for the teachers where their answers are kept on disk.
@@ -155,34 +155,18 @@ class DistillationModule(Hooks, lightning.LightningModule):
     def teacher_outputs(self, image: Tensor) -> tuple[Output, ...]:
         """Run every teacher on images in [0, 1], B x 3 x H x W, without gradient and in its own precision."""
         with torch.no_grad():
-            return self._run_teachers(image, self.teacher_precisions)
+            return self.frozen.run(image)
 
-    def _run_teachers(self, image: Tensor, precisions: Sequence[str]) -> tuple[Output, ...]:
-        self._place_teachers(image.device)
-        outputs = []
-        for forward, precision in zip(self._teacher_forwards, precisions, strict=True):
-            dtype = _AUTOCAST_DTYPES.get(precision)
-            with torch.autocast(image.device.type, dtype=dtype, enabled=dtype is not None):
-                outputs.append(forward(image))
-        return tuple(outputs)
+    @property
+    def teachers(self) -> tuple[Network, ...]:
+        """The networks to learn from."""
+        return self.frozen.networks
 
     def soft_label(self, teachers: tuple[Output, ...]) -> Tensor:
         """Return the teachers' probabilities, averaged: B x C in float32, without gradient."""
         if teachers[0].probs is not None:
             return teachers[0].probs
         return average_probabilities([t.logits for t in teachers], temperature=self.teacher_temperature)
-
-    @property
-    def teacher_temperature(self) -> float:
-        """Temperature of the probabilities that :meth:`soft_label` averages."""
-        return self.label_temperature(self.options)
-
-    def _place_teachers(self, device: torch.device) -> None:
-        # only once they are needed: with a complete label store their memory is never taken
-        if self._teachers_at != device:
-            for teacher in self.teachers:
-                teacher.to(device)
-            self.__dict__["_teachers_at"] = device
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

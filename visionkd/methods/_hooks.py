@@ -28,6 +28,7 @@ class Hooks:
     default_weight_decay: ClassVar[float | None] = None
     #: Its frozen options dataclass.
     Options: ClassVar[type]
+    options: Any
 
     def build_modules(self) -> nn.Module:
         """Return what trains beside the student and is dropped at the end; empty by default."""
@@ -49,6 +50,11 @@ class Hooks:
     def label_temperature(cls, options: Any) -> float:
         """Return the temperature of the probabilities that ``soft_label`` averages and a label store holds."""
         return 1.0
+
+    @property
+    def teacher_temperature(self) -> float:
+        """That of the options it has."""
+        return self.label_temperature(self.options)
 
     @property
     def projector_lr_ratio(self) -> float:

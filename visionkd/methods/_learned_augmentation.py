@@ -164,7 +164,7 @@ class LearnedAugmentation(DistillationModule):
 
     def _teachers_with_gradient(self, image: Tensor) -> tuple[Output, ...]:
         """Run every teacher as :meth:`teacher_outputs` does, with gradient to the image; float16 becomes float32."""
-        return self._run_teachers(image, ["32" if each == "16" else each for each in self.teacher_precisions])
+        return self.frozen.run(image, ["32" if each == "16" else each for each in self.frozen.precisions])
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None

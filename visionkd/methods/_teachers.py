@@ -1,0 +1,59 @@
+"""The teachers of a training, as they run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from visionkd.models.network import Network
+from visionkd.types import Output
+
+_AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "16": torch.float16}
+
+
+class FrozenTeachers:
+    """Frozen networks, each in its own precision. No module: what trains beside them neither owns nor saves them.
+
+    Args:
+        networks: In eval mode; they are frozen here.
+        precisions: ``32``, ``bf16`` or ``16`` of each.
+        memory_format: Of their weights.
+        compiled: Run them compiled.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[Network],
+        *,
+        precisions: Sequence[str],
+        memory_format: torch.memory_format,
+        compiled: bool,
+    ) -> None:
+        self.networks = tuple(each.requires_grad_(False).to(memory_format=memory_format) for each in networks)
+        self.precisions = tuple(precisions)
+        self.forwards = [torch.compile(each) if compiled else each for each in self.networks]
+        self._device: torch.device | None = None
+
+    def run(self, image: Tensor, precisions: Sequence[str] | None = None) -> tuple[Output, ...]:
+        """Run all of them on images in [0, 1], B x 3 x H x W.
+
+        Args:
+            image: Their gradient passes through, unless the caller forbids it.
+            precisions: In place of their own.
+        """
+        self._place(image.device)
+        outputs = []
+        for forward, precision in zip(self.forwards, precisions or self.precisions, strict=True):
+            dtype = _AUTOCAST_DTYPES.get(precision)
+            with torch.autocast(image.device.type, dtype=dtype, enabled=dtype is not None):
+                outputs.append(forward(image))
+        return tuple(outputs)
+
+    def _place(self, device: torch.device) -> None:
+        # only once they are needed: with a complete label store their memory is never taken
+        if self._device != device:
+            for network in self.networks:
+                network.to(device)
+            self._device = device
