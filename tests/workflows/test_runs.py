@@ -141,11 +141,13 @@ def test_resume_with_other_settings_is_refused(teacher_run):
         workflows.train(epochs=9, out=str(teacher_run), resume=True)
 
 
-def test_resume_of_a_finished_run_trains_nothing(teacher_run):
-    before = (teacher_run / "checkpoints" / "last.ckpt").read_bytes()
+def test_resume_of_a_finished_run_trains_nothing(teacher_run, monkeypatch):
+    kept = (teacher_run / "checkpoints" / "last.ckpt", teacher_run / "config.yaml")  # with the command that began it
+    before = [file.read_bytes() for file in kept]
     listener = Recorder()
+    monkeypatch.setattr("sys.argv", ["visionkd", "train", "--resume"])
     workflows.train(out=str(teacher_run), resume=True, listener=listener)
-    assert (teacher_run / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert [file.read_bytes() for file in kept] == before
     assert "train" not in listener.stages
 
 

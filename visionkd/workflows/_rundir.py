@@ -153,7 +153,7 @@ def open_run(
                 _clear(path)
             run = RunDirectory(path, writes=writes)
             if writes:
-                write_text(path / "config.yaml", f"# {command}\n{dump_config(config)}")
+                _write_config(path / "config.yaml", config, command)
                 if resume and run.status.get("state") == "done":
                     listener.message("This run was finished already; what it made is used again")
                 run.update(state="running", pid=os.getpid(), error=None, exit_code=None)
@@ -166,6 +166,15 @@ def open_run(
             f"Another process is working in {path} (pid {holder}).",
             hint="Wait for it, or give another directory with --out.",
         ) from None
+
+
+def _write_config(file: Path, config: RunConfig | SearchConfig, command: str) -> None:
+    """Write the settings under the command that started the run; one that resumes it says nothing about them."""
+    header = f"# {command}"
+    if file.is_file():
+        first = file.read_text(encoding="utf-8").partition("\n")[0]
+        header = first if first.startswith("# ") else header
+    write_text(file, f"{header}\n{dump_config(config)}")
 
 
 @contextlib.contextmanager
