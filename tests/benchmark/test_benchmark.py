@@ -46,6 +46,13 @@ def test_complexity_is_the_published_one(name: str, params_m: float, macs_g: flo
     assert found.size_mb == pytest.approx(4 * params_m, rel=0.02)
 
 
+def test_complexity_of_parameters_that_enter_a_layer_as_inputs() -> None:
+    with torch.device("meta"):
+        network = create_network(NetworkConfig(name="pit_ti_224", pretrained=False), in_training=True)
+    found = measure_complexity(network)  # its class token does
+    assert found.params_m == pytest.approx(4.85, abs=0.01) and found.macs_g == pytest.approx(0.71, abs=0.02)
+
+
 def test_complexity_by_hand() -> None:
     network = make("cifar_resnet8")
     before = {key: value.clone() for key, value in network.state_dict().items()}

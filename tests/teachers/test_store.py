@@ -278,6 +278,7 @@ class TestKey:
         found = nearest_store({"a": 1, "b": 2})
         assert found is not None and found[0] == store_path({"a": 1, "b": 1})
         assert [problem.key for problem in found[1]] == ["b"]
+        assert nearest_store({"a": 1, "b": 2}, unrelated=lambda name: name == "b") is None
 
 
 class TestPlace:

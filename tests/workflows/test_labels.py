@@ -22,7 +22,7 @@ from visionkd.errors import RequestError
 from visionkd.methods.kd import KD, KDOptions
 from visionkd.teachers.store import LabelStore
 from visionkd.types import Listener
-from visionkd.workflows._labels import resolve_label_store
+from visionkd.workflows._labels import _other_teachers_or_data, resolve_label_store
 
 #: 40 images do not fill the last of the batches of 16, so each pass leaves some out.
 SMALL = (
@@ -143,6 +143,12 @@ def test_a_store_of_something_else_is_refused_with_what_differs(tmp_path):
                 **changed,
             )
         assert key in str(caught.value)
+
+
+def test_a_store_is_called_near_only_where_teachers_and_images_are_the_same():
+    others = ("data.name", "data.fingerprint", "classes", "teachers.0.weights", "teachers.1.input.mean", "teachers")
+    same = ("temperature", "augment.crop", "teachers.0.precision", "versions.torch")
+    assert all(map(_other_teachers_or_data, others)) and not any(map(_other_teachers_or_data, same))
 
 
 def test_a_damaged_shard_is_rebuilt(tmp_path, cache):

@@ -2,19 +2,23 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from visionkd import workflows
 from visionkd.cli.main import cli
-from visionkd.config.schema import DistillConfig
-from visionkd.errors import RequestError, WorkError
-from visionkd.workflows import _search_files
+from visionkd.config.schema import DistillConfig, NetworkConfig
+from visionkd.errors import InterruptedRunError, RequestError, WorkError
+from visionkd.models.factory import create_network
+from visionkd.workflows import _search_files, _search_latency
 from visionkd.workflows._request import build_config
+from visionkd.workflows._search_cost import Cost, training_cost
 
 DATA = ("data.shapes.num_train=64", "data.shapes.num_val=16", "data.workers=0")
 SPACE = """
@@ -70,7 +74,11 @@ def test_a_search_leaves_table_picture_and_command(tmp_path: Path, space: str) -
     assert best.model == rows[0]["candidate"] and best.values["score"] == pytest.approx(float(rows[0]["score"]))
     assert ElementTree.fromstring((result.run / "pareto.svg").read_text()).tag.endswith("svg")
     assert json.loads((result.run / "search.json").read_text())["command"] == result.command
-    assert json.loads((result.run / "status.json").read_text())["state"] == "done"
+    status = json.loads((result.run / "status.json").read_text())
+    assert status["state"] == "done"
+    assert any(
+        re.search(r"Scoring took .* training .* 1,280 images would take .* as long", m) for _, m in status["messages"]
+    )
 
 
 def test_the_command_is_the_winner(tmp_path: Path, space: str) -> None:
@@ -111,8 +119,9 @@ def test_a_killed_search_resumes_to_the_same_ranking(tmp_path: Path, space: str,
         raise KeyboardInterrupt
 
     monkeypatch.setattr(_search_files, "write_text", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(InterruptedRunError, match="Interrupted after 8 of 12 evaluations") as stopped:
         workflows.search(**REQUEST, space=space, out=str(tmp_path / "killed"))
+    assert stopped.value.hint == f"Continue with --resume --out {tmp_path / 'killed'}"
     monkeypatch.setattr(_search_files, "write_text", genuine)
     assert len(calls) == 1 and not (tmp_path / "killed" / "candidates.csv").exists()
     resumed = workflows.search(resume=True, out=str(tmp_path / "killed"))
@@ -133,6 +142,19 @@ def test_latency_is_measured_where_it_is_limited(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "config.yaml").read_text().count("backend: torch") == 1
     with pytest.raises(WorkError, match="None of .* latency_ms"):
         workflows.search(**few, space=space, budget={"latency_ms": 1e-6}, out=str(tmp_path / "b"))
+
+
+def test_latency_in_int8_is_that_of_a_quantised_candidate(tmp_path: Path, monkeypatch) -> None:
+    files: list[bytes] = []
+    original = _search_latency.ort_runner
+    monkeypatch.setattr(
+        _search_latency, "ort_runner", lambda file, **rest: files.append(file.read_bytes()) or original(file, **rest)
+    )
+    student = create_network(NetworkConfig(name="cifar_resnet8", pretrained=False), num_classes=4, in_training=True)
+    for backend in ("onnxruntime", "onnxruntime-int8"):
+        assert _search_latency.latency_ms(student, backend, torch.rand(8, 3, 24, 24)) > 0
+    assert b"QuantizeLinear" not in files[0] and b"QuantizeLinear" in files[1]
+    assert len(files[1]) < 0.5 * len(files[0])
 
 
 def test_no_accuracy_is_read(tmp_path: Path, teacher_run: Path, space: str) -> None:
@@ -174,11 +196,22 @@ def test_it_goes_on_to_distil(tmp_path: Path, teacher_run: Path, space: str) -> 
 
 def test_everything_wrong_is_listed() -> None:
     with pytest.raises(RequestError) as error:
-        workflows.search(space="vot", budget="x=1", score="diswat", backend="onnxruntime-int8", evaluations=0)
+        workflows.search(space="vot", budget="x=1", score="diswat", backend="onnxruntime_int8", evaluations=0)
     said = str(error.value)
-    for part in ("--teacher", "'vit'", "params_m", "'diswot'", "cannot be measured yet", "--evaluations"):
+    for part in ("--teacher", "'vit'", "params_m", "'diswot'", "onnxruntime-int8", "--evaluations"):
         assert part in said
     with pytest.raises(RequestError, match="--teacher"):
         workflows.search(teacher="resnet5O", space="vit", data="shapes")
     with pytest.raises(RequestError, match="holds no"):
         workflows.search(resume=True, out="nowhere")
+
+
+def test_what_scoring_costs_beside_training_is_said() -> None:
+    assert str(Cost(0.25, 900.0, 1_000_000)) == (
+        "Scoring took 0.25 s a candidate; training the best one for 1,000,000 images would take 15 min on this machine,"
+        " 3,600 times as long (from the time of a step, without the teacher)"
+    )
+    student = create_network(NetworkConfig(name="cifar_resnet8", pretrained=False), num_classes=4, in_training=True)
+    found = training_cost(student, torch.rand(4, 3, 32, 32), torch.arange(4), images=4000, scored_s=0.1)
+    twice = training_cost(student, torch.rand(4, 3, 32, 32), torch.arange(4), images=8000, scored_s=0.1)
+    assert 0 < found.trained_s < twice.trained_s * 1.5 and found.images == 4000

@@ -20,11 +20,12 @@ from visionkd.data.open import open_data
 from visionkd.data.shapes import ShapesSource
 from visionkd.data.subset import SubsetSource
 from visionkd.data.unlabeled import open_unlabeled
+from visionkd.methods._teachers import FrozenTeachers
 from visionkd.models.package_file import read_card
 from visionkd.types import Listener
 from visionkd.workflows import _unlabeled_work
+from visionkd.workflows._export_onnx import _verification_images
 from visionkd.workflows._networks import image_batches, load_network
-from visionkd.workflows.export import _verification_images
 
 NUM_NEW, NUM_VAL, NUM_TRAIN = 24, 8, 12
 
@@ -113,6 +114,16 @@ def test_stage_two_goes_on_from_stage_one(with_pool):
     assert 0 < change < 1e-3  # one epoch at a hundredth of the rate
     rows = list(csv.DictReader((with_pool / "metrics.finetune.csv").open()))
     assert "ssld_loss" in rows[0] and "task_loss" not in rows[0]
+
+
+def test_both_stages_share_a_label_store(teacher_run, pool, tmp_path, monkeypatch):
+    asked = []
+    original = FrozenTeachers.run
+    monkeypatch.setattr(FrozenTeachers, "run", lambda self, image: asked.append(len(image)) or original(self, image))
+    words = ["-o", "options.finetune_epochs=1", "-o", "label_store.ahead=true", "--cache-teacher"]
+    assert visionkd(teacher_run, tmp_path / "run", "--unlabeled", str(pool), *words) == 0
+    (store,) = (tmp_path / "cache" / "labels").iterdir()
+    assert sum(asked) == json.loads((store / "manifest.json").read_text())["num_samples"] > 128  # each image once
 
 
 def test_a_killed_comparison_goes_on_where_it_was_and_ends_the_same(

@@ -18,7 +18,7 @@ class Complexity:
     Attributes:
         params_m: Parameters in millions.
         macs_g: Multiply-accumulates for one image in 10^9: of convolutions, linear layers and attention.
-        size_mb: Weights and saved buffers in 10^6 bytes.
+        size_mb: Weights and saved buffers in 10^6 bytes, packed where a package holds them so.
     """
 
     params_m: float
@@ -35,7 +35,8 @@ def measure_complexity(network: Network, *, img_size: tuple[int, int] | None = N
     """
     net = network.net
     params = sum(parameter.numel() for parameter in net.parameters())
-    size = sum(value.numel() * value.element_size() for value in net.state_dict().values())
+    stored = net.state_dict() if network.packed is None else network.packed
+    size = sum(value.numel() * value.element_size() for value in stored.values())
     return Complexity(params / 1e6, _macs(network, img_size or network.input.img_size) / 1e9, size / 1e6)
 
 
@@ -47,7 +48,8 @@ def _macs(network: Network, img_size: tuple[int, int]) -> float:
 
 
 def _counted(network: Network, img_size: tuple[int, int], device: str) -> float:
-    net = copy.deepcopy(network.net).float().to(device).eval()
+    # frozen: the counter wants to hook what has a gradient, and finds none to hook in PiT
+    net = copy.deepcopy(network.net).float().to(device).eval().requires_grad_(False)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(torch.zeros(1, 3, *img_size, device=device))
     # PyTorch counts a multiplication and an addition as two operations.

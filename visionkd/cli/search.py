@@ -49,7 +49,11 @@ from visionkd.cli._base import new_command, option
 )
 @option("--img-size", type=_options.AT_LEAST_1, metavar="N", help="Input size of candidates; the default is their own.")
 @option("--batch-size", type=_options.Count(2), metavar="N", stated_default="64", help="Images that are looked at.")
-@option("--backend", metavar="NAME", help="Measure latencies on torch or onnxruntime; torch where latency is limited.")
+@option(
+    "--backend",
+    metavar="NAME",
+    help="Measure latencies on torch, onnxruntime or onnxruntime-int8; torch where latency is limited.",
+)
 @option("--workers", type=_options.AT_LEAST_1, metavar="N", stated_default="1", help="Processes that examine.")
 @_options.overrides
 @option("--distill", is_flag=True, help="Distil the teacher into the best candidate at the end.")

@@ -51,5 +51,5 @@ class SearchConfig(Strict):
     tournament: Positive = 8
     img_size: Positive | None = None
     batch_size: Annotated[int, Field(ge=2)] = 64
-    backend: Literal["torch", "onnxruntime"] | None = None
+    backend: Literal["torch", "onnxruntime", "onnxruntime-int8"] | None = None
     compute: SearchCompute = SearchCompute()

@@ -71,6 +71,7 @@ class DistillationModule(Hooks, lightning.LightningModule):
             precisions=[precision or config.training.precision for precision in given],
             memory_format=self.memory_format,
             compiled=config.training.compile,
+            stages=tuple(self.teacher_stages()),
         )
         stages = tuple(self.student_stages())
         forward: Callable[[Tensor], Output] = partial(extract, student, indices=stages) if stages else student

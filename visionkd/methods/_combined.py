@@ -89,8 +89,10 @@ class Combined(DistillationModule):
         )
 
     def student_stages(self) -> Sequence[int]:
-        stages = {stage for own in self._parts for stage in own.student_stages()}
-        return tuple(sorted(stages))
+        return tuple(sorted({stage for own in self._parts for stage in own.student_stages()}))
+
+    def teacher_stages(self) -> Sequence[int]:
+        return tuple(sorted({stage for own in self._parts for stage in own.teacher_stages()}))
 
     @classmethod
     def label_temperature(cls, options: CombinedOptions) -> float:
@@ -98,14 +100,11 @@ class Combined(DistillationModule):
 
     def distill_loss(self, *, student: Output, teachers: tuple[Output, ...], target: Tensor) -> Mapping[str, Tensor]:
         terms = {}
-        known = self.student_stages()
+        known, known_of_teachers = self.student_stages(), self.teacher_stages()
         for part, own in zip(self.options.parts, self._parts, strict=True):
-            at = [known.index(stage) for stage in own.student_stages()]
-            picked: dict[str, Any] = {"features": tuple(student.features[place] for place in at)}
-            if prefixes := getattr(student, "prefix_tokens", ()):
-                picked["prefix_tokens"] = tuple(prefixes[place] for place in at)
-            output = dataclasses.replace(student, **picked)
-            for name, value in own.distill_loss(student=output, teachers=teachers, target=target).items():
+            output = _picked(student, known, own.student_stages())
+            answers = tuple(_picked(teacher, known_of_teachers, own.teacher_stages()) for teacher in teachers)
+            for name, value in own.distill_loss(student=output, teachers=answers, target=target).items():
                 terms[f"{part.name}.{name}"] = value
         return terms
 
@@ -150,3 +149,12 @@ class Combined(DistillationModule):
     ) -> list[str]:
         given = {"student": student, "teachers": teachers, "config": config}
         return [text for part in options.parts for text in part.method.warnings(**given, options=part.options)]
+
+
+def _picked(output: Output, known: Sequence[int], wanted: Sequence[int]) -> Output:
+    """Return an output with the maps of the stages ``wanted`` alone, out of those ``known``."""
+    at = [known.index(stage) for stage in wanted]
+    picked: dict[str, Any] = {"features": tuple(output.features[place] for place in at)}
+    if prefixes := getattr(output, "prefix_tokens", ()):
+        picked["prefix_tokens"] = tuple(prefixes[place] for place in at)
+    return dataclasses.replace(output, **picked)

@@ -46,6 +46,10 @@ class Hooks:
         """Return the stages whose maps the student's output is to carry; see :mod:`visionkd.models.features`."""
         return ()
 
+    def teacher_stages(self) -> Sequence[int]:
+        """Return the stages whose maps the teachers' outputs are to carry; a label store holds none."""
+        return ()
+
     @classmethod
     def label_temperature(cls, options: Any) -> float:
         """Return the temperature of the probabilities that ``soft_label`` averages and a label store holds."""
@@ -74,6 +78,31 @@ class Hooks:
     def stages(cls, config: RunConfig, options: Any) -> tuple[TrainingStage, ...]:
         """Return the trainings that the method consists of."""
         return (TrainingStage("distill", "Distil"),)
+
+    @classmethod
+    def module_of(cls, training: TrainingStage, options: Any) -> type[Any]:
+        """Return the class that trains one of the stages."""
+        return cls
+
+    @classmethod
+    def prepare_student(cls, student: Network, training: TrainingStage, config: RunConfig, options: Any) -> Network:
+        """Return the student as a stage is to train it; the same each time it is asked, on a resumed run too."""
+        return student
+
+    @classmethod
+    def pretrains(cls, options: Any) -> bool:
+        """Whether the outcome is an encoder without a classifier, so that no accuracy is to be had."""
+        return False
+
+    @classmethod
+    def asks(cls, teacher: Network, options: Any) -> bool:
+        """Whether a teacher's classes matter, so that it must know the data's."""
+        return True
+
+    @classmethod
+    def settle(cls, *, student: Network, teachers: Sequence[Network], config: RunConfig, options: Any) -> list[str]:
+        """Change what the networks need changed before they work together, and return what to say about it."""
+        return []
 
     @classmethod
     def check(cls, *, student: Network, teachers: Sequence[Network], config: RunConfig, options: Any) -> list[Problem]:

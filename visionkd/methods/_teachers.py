@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from visionkd.models.features import extract
+from visionkd.models.features import stages as stages_of
 from visionkd.models.network import Network
 from visionkd.types import Output
 
@@ -21,6 +24,7 @@ class FrozenTeachers:
         precisions: ``32``, ``bf16`` or ``16`` of each.
         memory_format: Of their weights.
         compiled: Run them compiled.
+        stages: Stages whose maps their outputs carry.
     """
 
     def __init__(
@@ -30,25 +34,32 @@ class FrozenTeachers:
         precisions: Sequence[str],
         memory_format: torch.memory_format,
         compiled: bool,
+        stages: Sequence[int] = (),
     ) -> None:
         self.networks = tuple(each.requires_grad_(False).to(memory_format=memory_format) for each in networks)
         self.precisions = tuple(precisions)
-        self.forwards = [torch.compile(each) if compiled else each for each in self.networks]
+        for network in self.networks if stages else ():
+            stages_of(network)  # looks at the network now, rather than in the first step
+        forwards = [partial(extract, each, indices=stages) if stages else each for each in self.networks]
+        self.forwards = [torch.compile(each) if compiled else each for each in forwards]
         self._device: torch.device | None = None
 
-    def run(self, image: Tensor, precisions: Sequence[str] | None = None) -> tuple[Output, ...]:
+    def run(
+        self, image: Tensor, precisions: Sequence[str] | None = None, *, extra: Sequence[Tensor] = ()
+    ) -> tuple[Output, ...]:
         """Run all of them on images in [0, 1], B x 3 x H x W.
 
         Args:
             image: Their gradient passes through, unless the caller forbids it.
             precisions: In place of their own.
+            extra: What they take beside the images.
         """
         self._place(image.device)
         outputs = []
         for forward, precision in zip(self.forwards, precisions or self.precisions, strict=True):
             dtype = _AUTOCAST_DTYPES.get(precision)
             with torch.autocast(image.device.type, dtype=dtype, enabled=dtype is not None):
-                outputs.append(forward(image))
+                outputs.append(forward(image, *extra))
         return tuple(outputs)
 
     def _place(self, device: torch.device) -> None:

@@ -24,6 +24,11 @@ def plan_of(network: Network) -> Plan:
     return plan
 
 
+def forget_plan(network: Network) -> None:
+    """Have the plan of ``network``, whose modules have changed, made anew when it is asked for."""
+    vars(network).pop(_PLAN, None)
+
+
 def stages(network: Network) -> tuple[Stage, ...]:
     """Return the stages of ``network``: those that timm names, or else the last map of each resolution.
 

@@ -7,6 +7,7 @@ the whole process with it.
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -68,7 +69,7 @@ class Examiner:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        teacher = _built(job.teacher, job.teacher_seed) if scores.needs_teacher(job.score) else None
+        teacher = build_untrained(job.teacher, job.teacher_seed) if scores.needs_teacher(job.score) else None
         self._scorer = scores.make_scorer(
             job.score,
             teacher=teacher,
@@ -81,7 +82,7 @@ class Examiner:
 
     def build(self, config: NetworkConfig) -> Network:
         """Return a candidate with random weights; nothing is fetched."""
-        return _built(config, self.job.student_seed, num_classes=self.job.num_classes)
+        return build_untrained(config, self.job.student_seed, num_classes=self.job.num_classes)
 
     def measure(self, config: NetworkConfig) -> Answer:
         """Count parameters and multiply-accumulates."""
@@ -166,6 +167,7 @@ _EXAMINER: Examiner | None = None
 
 def _start(job: Job) -> None:
     global _EXAMINER
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the first one ends the others
     torch.set_num_threads(1)
     _EXAMINER = Examiner(job)
 
@@ -185,7 +187,7 @@ def _told(work: Any) -> Answer:
         return Answer(reason=f"{type(error).__name__}: {said[0]}" if said else type(error).__name__)
 
 
-def _built(config: NetworkConfig, seed: int, *, num_classes: int | None = None) -> Network:
+def build_untrained(config: NetworkConfig, seed: int, *, num_classes: int | None = None) -> Network:
     """Build a network whose random weights follow from ``seed`` alone; published ones are not fetched."""
     untrained = config.model_copy(update={"pretrained": False})
     with seeded(seed):

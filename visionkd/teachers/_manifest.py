@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -165,18 +165,23 @@ def store_path(key: Mapping[str, Any], *, storage: Storage = "full", top_k: int 
     return labels_root() / hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def nearest_store(key: Mapping[str, Any], root: Path | None = None) -> tuple[Path, list[Problem]] | None:
+def nearest_store(
+    key: Mapping[str, Any], root: Path | None = None, *, unrelated: Callable[[str], bool] = lambda name: False
+) -> tuple[Path, list[Problem]] | None:
     """Return the store whose key differs least from ``key``, and in what; to tell why a new one has to be filled.
 
     Args:
         key: What labels are wanted of.
         root: Where to look; the cache by default.
+        unrelated: Whether a difference in a part, by its dotted path, makes a store one of something else.
     """
     found = []
     for directory in store_directories(root):
         values = manifest_values(directory) or {}
         if isinstance(values.get("key"), dict):
-            found.append((directory, differences(values["key"], key)))
+            problems = differences(values["key"], key)
+            if not any(unrelated(problem.key) for problem in problems):
+                found.append((directory, problems))
     return min(found, key=lambda each: (len(each[1]), each[0].name), default=None)
 
 

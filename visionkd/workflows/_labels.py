@@ -117,7 +117,7 @@ def open_labels(
     assert settings.views is not None and settings.storage != "auto", "resolve_label_store decides both"
     form = {"storage": settings.storage, "top_k": settings.top_k}
     path = Path(settings.path).expanduser() if settings.path else store_path(key, **form)
-    if not path.exists() and (near := nearest_store(key)) is not None:
+    if not path.exists() and (near := nearest_store(key, unrelated=_other_teachers_or_data)) is not None:
         differing = ", ".join(problem.key for problem in near[1][:4])
         listener.message(f"The label store {near[0]} does not fit this run: it differs in {differing}")
     store = LabelStore.open(
@@ -131,6 +131,12 @@ def open_labels(
     )
     listener.message(_what_it_saves(store, settings.views, config.training.epochs, ahead=settings.ahead))
     return Labels(store, settings.rest, settings.ahead)
+
+
+def _other_teachers_or_data(name: str) -> bool:
+    """Whether a store that differs in this part of its key holds answers of other teachers, or about other images."""
+    part, _, rest = name.partition(".")
+    return part in ("data", "classes") or (part == "teachers" and not rest.endswith(".precision"))
 
 
 def _what_it_saves(store: LabelStore, views: int, epochs: int, *, ahead: bool) -> str:
@@ -234,7 +240,9 @@ class FillLabels(Callback):
 
     def _fill(self, trainer: Trainer, module: DistillationModule, views: Sequence[int], *, say: bool = False) -> None:
         store = self.labels.store
-        absent = {view: store.missing(view) for view in views}
+        # of a training on the labelled images alone, which come first, the others' labels are not wanted
+        wanted = len(self.loader.source)
+        absent = {view: (missing := store.missing(view))[missing < wanted] for view in views}
         total = sum(map(len, absent.values()))
         if not total:
             return

@@ -13,7 +13,7 @@ from visionkd.errors import Problem, RequestError
 from visionkd.methods._base import DistillationModule
 from visionkd.models.network import Network
 from visionkd.types import Listener
-from visionkd.workflows._request import METHODS
+from visionkd.workflows._request import AUTO_METHODS, METHODS
 
 
 def choose_method(
@@ -57,15 +57,17 @@ def choose_method(
         raise RequestError(problems)
     for text in method.warnings(**given):
         listener.message(text, level="warning")
+    for text in method.settle(**given):
+        listener.message(text)
     return method, options
 
 
 def suggested_method(*, student: Network, teachers: Sequence[Network], unlabeled: bool = False) -> tuple[str, str]:
     """Return what ``--method auto`` takes, and why where it is not the usual one."""
     if len(teachers) > 1:
-        return "meal_v2", f"There are {len(teachers)} teachers"
+        return AUTO_METHODS["several teachers"], f"There are {len(teachers)} teachers"
     if unlabeled:
-        return "ssld", "There are images without labels"
+        return AUTO_METHODS["unlabeled images"], "There are images without labels"
     families = (teachers[0].family, student.family)
     if families[0] != families[1] and "hybrid" not in families:
         from visionkd.models.features import stages
@@ -73,9 +75,10 @@ def suggested_method(*, student: Network, teachers: Sequence[Network], unlabeled
         try:
             stages(student)
         except RequestError:
-            return "kd", ""
-        return "ofa_kd", f"A teacher of the family '{families[0]}' teaches a student of the family '{families[1]}'"
-    return "kd", ""
+            return AUTO_METHODS["usual"], ""
+        why = f"A teacher of the family '{families[0]}' teaches a student of the family '{families[1]}'"
+        return AUTO_METHODS["other family"], why
+    return AUTO_METHODS["usual"], ""
 
 
 def _combination(config: DistillConfig) -> tuple[type[DistillationModule], Any]:

@@ -21,8 +21,8 @@ from visionkd.search.scores import INITS, score_names
 from visionkd.search.spaces import Space, open_space, space_names
 from visionkd.workflows._request import build_config
 from visionkd.workflows._rundir import read_run_config
+from visionkd.workflows._search_latency import BACKENDS
 
-_INT8 = ("int8", "onnxruntime-int8", "onnxruntime_int8")
 _KEYS = {"compute.workers": "--workers", "teacher": "--teacher", "space": "--space", "data": "--data"}
 _SPACES = f"Known spaces: {', '.join(space_names())}, or a file of your own, .yaml or .py."
 
@@ -88,11 +88,9 @@ def _problems(given: Mapping[str, Any], *, resume: bool) -> tuple[list[Problem],
             hint = did_you_mean(str(value), known) or f"Known: {', '.join(known)}"
             problems.append(Problem(option, f"unknown name '{value}'", hint))
     backend = given.get("backend")
-    if backend in _INT8:
-        reason = "latency is measured in float32 only so far: no candidate has been quantised"
-        problems.append(Problem("--backend", f"'{backend}' cannot be measured yet: {reason}", "Use onnxruntime."))
-    elif backend not in (None, "torch", "onnxruntime"):
-        problems.append(Problem("--backend", f"unknown name '{backend}'", "Known: torch, onnxruntime"))
+    if backend is not None and backend not in BACKENDS:
+        hint = did_you_mean(str(backend), BACKENDS) or f"Known: {', '.join(BACKENDS)}"
+        problems.append(Problem("--backend", f"unknown name '{backend}'", hint))
     return problems, space
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,25 +10,23 @@ from typing import Any
 
 import torch
 
-from visionkd.benchmark.latency import measure, ort_runner
-from visionkd.benchmark.torch_runner import torch_runner
 from visionkd.config.schema import NetworkConfig
 from visionkd.config.search import SearchConfig
 from visionkd.data.open import open_data
 from visionkd.data.subset import stratified_subset
-from visionkd.errors import DataError, RequestError, WorkError, first_line
-from visionkd.export.onnx import export_onnx
+from visionkd.errors import DataError, InterruptedRunError, RequestError, WorkError, first_line
 from visionkd.models.factory import create_network
-from visionkd.models.network import Network
 from visionkd.search.budget import exceeded
 from visionkd.search.evolution import Answer, Search, SearchSettings
-from visionkd.search.examine import Examiners, Job, with_cost
+from visionkd.search.examine import Examiners, Job, build_untrained, with_cost
 from visionkd.search.spaces import Space
 from visionkd.types import Listener, Progress
 from visionkd.workflows._networks import image_batches, seed_of
 from visionkd.workflows._request import check_mode, command_line
 from visionkd.workflows._rundir import RunDirectory, open_run
+from visionkd.workflows._search_cost import Cost, training_cost
 from visionkd.workflows._search_files import files_of, read_state, rows, write_files, write_state
+from visionkd.workflows._search_latency import latency_ms
 from visionkd.workflows._search_request import (
     described,
     distill_command,
@@ -41,8 +39,6 @@ from visionkd.workflows._search_request import (
 from visionkd.workflows._stages import write_environment
 from visionkd.workflows._training import run_path
 from visionkd.workflows.results import RunResult, SearchResult
-
-_LATENCY_ROUNDS = 5
 
 
 def search(
@@ -87,7 +83,7 @@ def search(
         init: How weights are drawn, ``default`` or ``gaussian``.
         img_size: Input size of candidates in pixels; None takes each network's own.
         batch_size: Images in the batch.
-        backend: ``torch`` or ``onnxruntime``: measures the latency of each candidate on it.
+        backend: ``torch``, ``onnxruntime`` or ``onnxruntime-int8``: measures the latency of each candidate on it.
         workers: Processes.
         options: ``KEY=VALUE`` settings of the distillation that follows; those of ``data`` hold for the search too.
         distill: Distil the teacher into the best candidate at the end.
@@ -120,6 +116,7 @@ class _Search:
         self.config, self.space, self.listener = config, space, listener
         self.settings = distill_settings(config)
         self.job, self.data_name = self._job()
+        self.image = torch.from_numpy(self.job.image).float().div(255.0)
         self.started, self.before_s = time.monotonic(), 0.0
 
     def _job(self) -> tuple[Job, str]:
@@ -152,6 +149,7 @@ class _Search:
             init=config.init,
             params_limit_m=config.budget.get("params_m"),
         )
+        self.num_train = len(data.splits["train"])
         return job, data.name
 
     def run(self, out: str | None, distil: bool, *, resume: bool, overwrite: bool) -> SearchResult:
@@ -175,6 +173,8 @@ class _Search:
                 )
             student = self.space.network(ranking[0].candidate)
             seconds = self._seconds()
+            if (cost := self._cost(student, seconds * config.compute.workers / len(ranking))) is not None:
+                listener.message(str(cost))
             write_files(run.path, self._state(search), search, self.config, self.space)
             distilled = None
             if distil:
@@ -214,7 +214,13 @@ class _Search:
             )  # fmt: skip
             if state is not None:
                 self.listener.message(f"Going on after {search.done} evaluations")
-            search.run()
+            try:
+                search.run()
+            except KeyboardInterrupt:
+                raise InterruptedRunError(
+                    f"Interrupted after {search.done} of {config.evaluations} evaluations; those are kept.",
+                    hint=f"Continue with --resume --out {shlex.quote(str(run.path))}",
+                ) from None
         return search
 
     def _batch_done(self, run: RunDirectory, search: Search) -> None:
@@ -231,6 +237,17 @@ class _Search:
     def _seconds(self) -> float:
         return self.before_s + time.monotonic() - self.started
 
+    def _cost(self, student: NetworkConfig, scored_s: float) -> Cost | None:
+        """Return what scoring cost beside training; None where the training's share cannot be timed."""
+        job, epochs = self.job, self.settings.training.epochs
+        network = build_untrained(student, job.student_seed, num_classes=job.num_classes)
+        try:
+            return training_cost(
+                network, self.image, torch.from_numpy(job.target), images=epochs * self.num_train, scored_s=scored_s
+            )
+        except RuntimeError:  # a batch that is scored without its graph may be too large to train on
+            return None
+
     # Costs ------------------------------------------------------------------------------------------------------------
 
     def _measured(self, examiners: Examiners, configs: Sequence[NetworkConfig]) -> list[Answer]:
@@ -243,7 +260,9 @@ class _Search:
         for config, answer in zip(configs, answers, strict=True):
             if answer.reason is None and exceeded(answer.values, budget) is None:
                 try:
-                    answer = with_cost(answer, "latency_ms", latency_ms(examiners.first.build(config), backend))
+                    answer = with_cost(
+                        answer, "latency_ms", latency_ms(examiners.first.build(config), backend, self.image)
+                    )
                 except Exception as error:  # an export or a kernel may fail in any way: not the search's matter
                     reason = f"latency cannot be measured with {backend}: {first_line(error)}"
                     answer = Answer(answer.values, reason=reason)
@@ -298,14 +317,3 @@ def _nothing_found(search: Search) -> str:
     kinds = {record.status for record in search.records}
     what = "is within the budget" if kinds == {"over_budget"} else "could be scored"
     return f"None of {len(search.records)} candidates {what}. The last one: {reasons[-1]}"
-
-
-def latency_ms(network: Network, backend: str) -> float:
-    """Return the median latency of one image on one thread in milliseconds."""
-    network.eval()
-    if backend == "torch":
-        return measure([torch_runner(network, name="candidate")], rounds=_LATENCY_ROUNDS)[0].latency_ms
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "candidate.onnx"
-        export_onnx(network, file, task="classification", classes=None, metrics={})
-        return measure([ort_runner(file, name="candidate")], rounds=_LATENCY_ROUNDS)[0].latency_ms
