@@ -14,9 +14,10 @@ from typing import Any
 from safetensors.torch import save
 
 import visionkd
+from visionkd import registry
 from visionkd.files import sha256
 from visionkd.models.factory import Network, load_packaged
-from visionkd.models.package_file import CARD_FILE, FORMAT, WEIGHTS_FILE
+from visionkd.models.package_file import CARD_FILE, DECODER_FILE, FORMAT, WEIGHTS_FILE
 from visionkd.types import TaskName
 
 
@@ -34,6 +35,8 @@ def save_package(
 
     Args:
         network: What to package. Its plain weights are written: they load into timm or torchvision without visionkd.
+            Those of a quantised network lie among them, with its scales. The decoder of a masked pre-training gets a
+            file of its own.
         directory: Where to; its parent must exist or be creatable.
         task: Task that the outputs serve.
         classes: Class names in output order; None takes the network's.
@@ -55,31 +58,40 @@ def save_package(
         "input": network.input.to_dict(),
     }
     # Clones, because safetensors refuses tensors that share memory, as tied weights do.
-    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in network.net.state_dict().items()}
+    quantization, state = network.quantization, network.net.state_dict()
+    if network.packed is not None:  # by name, as hub/ and quantization/ stand side by side
+        quantization, state = registry.load("visionkd.quantization", "packing", key="quantization").stored(network)
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
     metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in identity.items()}
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent))
     try:
         content = _in_order(save(tensors, metadata={"format": "pt", **metadata}))
         (temporary / WEIGHTS_FILE).write_bytes(content)
+        decoder = network.masked_decoder
+        if decoder is not None:
+            (temporary / DECODER_FILE).write_bytes(_in_order(save(dict(decoder.tensors), metadata={"format": "pt"})))
         card = {
             "format": FORMAT,
             **identity,
             "pretrained_tag": network.pretrained_tag,
+            **({"quantization": quantization} if quantization is not None else {}),
+            **({"decoder": decoder.spec.to_dict()} if decoder is not None else {}),
             "task": task,
             "metrics": dict(metrics),
             **({"metrics_note": note} if note else {}),
             "origin": {"visionkd": visionkd.__version__, **origin},
-            "sha256": {WEIGHTS_FILE: sha256(temporary / WEIGHTS_FILE)},
+            "sha256": {file.name: sha256(file) for file in sorted(temporary.glob("*.safetensors"))},
         }
         (temporary / CARD_FILE).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        for file in (WEIGHTS_FILE, CARD_FILE):
-            with open(temporary / file, "rb") as handle:
+        files = list(temporary.iterdir())
+        for file in files:
+            with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o777 & ~umask)
-        for file in (WEIGHTS_FILE, CARD_FILE):
-            os.chmod(temporary / file, 0o666 & ~umask)
+        for file in files:
+            os.chmod(file, 0o666 & ~umask)
         _swap(temporary, directory)
         for stale in directory.parent.glob(f".{directory.name}.*"):  # left by a process that was killed
             if stale.suffix in (".tmp", ".old"):

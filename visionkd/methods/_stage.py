@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -12,9 +14,11 @@ class TrainingStage:
     Attributes:
         name: Short and unique within the run; names checkpoints and metrics.
         title: What the user reads.
-        epochs: Length; None takes the configuration's.
+        epochs: Length; None takes the configuration's, and 0 leaves the student as it is.
         lr_ratio: Share of the configuration's learning rate.
         labeled_only: Train on the labelled data set alone, without the unlabelled images.
+        kind: Which part of the method it is, where its trainings differ in more than their settings.
+        settings: What of the configuration it changes, by dotted key.
     """
 
     name: str
@@ -22,3 +26,5 @@ class TrainingStage:
     epochs: int | None = None
     lr_ratio: float = 1.0
     labeled_only: bool = False
+    kind: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)

@@ -10,26 +10,27 @@ from typing import Any
 import timm
 import torch
 from timm.models import get_pretrained_cfg
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import visionkd.models.cifar_resnet  # noqa: F401  (registers its networks with timm)
 import visionkd.models.free_mobilenet  # noqa: F401  (the same)
+from visionkd import registry
 from visionkd.config.schema import NetworkConfig
 from visionkd.errors import DataError, Problem, RequestError, VisionKDError
 from visionkd.models import torchvision_zoo
 from visionkd.models.arguments import misplaced_args, unknown_args
 from visionkd.models.classes import counted, imagenet_classes
 from visionkd.models.download import advice, hub_access, url_access
+from visionkd.models.input_size import timm_input, with_size
+from visionkd.models.masked_decoder import DecoderSpec, SavedDecoder, split_decoder
 from visionkd.models.names import Resolved, known_names, quiet_libraries, resolve_name
 from visionkd.models.network import Network, check_img_size, head_names
-from visionkd.models.package_file import read_card, verified_weights
+from visionkd.models.package_file import DECODER_FILE, read_card, verified_weights
 from visionkd.models.weights import infer_num_classes, json_or_none, load_tensors, read_tensors, strip_prefixes
 from visionkd.types import InputSpec
 
 __all__ = ["Network", "Resolved", "create_network", "known_names", "load_packaged", "resolve_name"]
-
-# Images this small are the whole picture already: there is no margin to crop away.
-_NO_CROP_UP_TO_PX = 64
 
 
 def create_network(
@@ -70,6 +71,8 @@ def create_network(
     else:
         network = _from_timm(resolved, config, num_classes, in_training)
     network.trained |= resolved.source in ("package", "file")
+    if in_training:
+        network.masked_decoder = None  # it belongs to the weights as they were
     if resolved.note:
         network.notes = (resolved.note, *network.notes)
     if resolved.source in ("package", "file") and config.img_size is not None:
@@ -108,7 +111,17 @@ def load_packaged(directory: str | os.PathLike[str]) -> tuple[Network, dict[str,
     directory = Path(directory)
     card = read_card(directory)
     tensors, _ = read_tensors(verified_weights(directory, card))
-    return _rebuild(card, tensors, path=directory), card
+    spec = card.get("quantization")
+    if spec is None:
+        network = _rebuild(card, tensors, path=directory)
+        if card.get("decoder") is not None:
+            decoder, _ = read_tensors(verified_weights(directory, card, DECODER_FILE))
+            network.masked_decoder = SavedDecoder(DecoderSpec(**card["decoder"]), decoder)
+        return network, card
+    network = _rebuild(card, None, path=directory)
+    # by name, as models/ stands above quantization/
+    restore = registry.load("visionkd.quantization", "restore", key="quantization").restore
+    return restore(network, spec, tensors).eval(), card
 
 
 # Sources --------------------------------------------------------------------------------------------------------------
@@ -142,7 +155,7 @@ def _from_timm(resolved: Resolved, config: NetworkConfig, num_classes: int | Non
         )
         cfg, architecture, tag = net.pretrained_cfg, resolved.architecture, net.pretrained_cfg.get("tag")
     kwargs["num_classes"] = net.num_classes
-    spec = _timm_input(cfg, config.img_size)
+    spec = timm_input(cfg, config.img_size)
     if config.img_size is not None:
         check_img_size(net, spec.img_size, config.name)
     own_head = pretrained and net.num_classes == cfg["num_classes"]
@@ -174,7 +187,7 @@ def _from_torchvision(resolved: Resolved, config: NetworkConfig, num_classes: in
             kwargs["image_size" if resolved.architecture.startswith("vit") else "input_size"] = (
                 config.img_size if resolved.architecture.startswith("vit") else (config.img_size, config.img_size)
             )
-        spec = _with_size(spec, (config.img_size, config.img_size))
+        spec = with_size(spec, (config.img_size, config.img_size))
     kwargs["num_classes"] = num_classes if num_classes is not None and not pretrained else 1000
     net = _guarded(config, lambda: torchvision_zoo.build(resolved.architecture, kwargs))
     if state is not None:
@@ -223,16 +236,22 @@ def _from_file(resolved: Resolved, config: NetworkConfig) -> Network:
     with torch.device("meta"):  # shapes and names alone: nothing is allocated
         skeleton = _guarded(config, lambda: _bare(library, architecture, kwargs))
     tensors = strip_prefixes(tensors, skeleton.state_dict())
+    tensors, decoder = split_decoder(tensors)
     default = skeleton.num_classes if library == "timm" else 1000
-    kwargs["num_classes"] = infer_num_classes(tensors, head_names(skeleton, library)) or default
+    heads = head_names(skeleton, library)
+    if isinstance(skeleton, VisionTransformer) and not any(name.startswith(heads) for name in tensors):
+        default = 0  # an encoder from pre-training has no classifier
+    kwargs["num_classes"] = infer_num_classes(tensors, heads) or default
     net = _guarded(config, lambda: _bare(library, architecture, kwargs))
     load_tensors(net, tensors, path=resolved.path, architecture=architecture)
     if library == "timm":
-        spec = _timm_input(net.pretrained_cfg, kwargs.get("img_size"))
+        spec = timm_input(net.pretrained_cfg, kwargs.get("img_size"))
     else:
         spec = torchvision_zoo.input_spec(torchvision_zoo.weights(architecture, resolved.tag))
     note = f"'{resolved.path}' does not carry its input statistics: those of {architecture} are taken"
-    return Network(net, architecture=architecture, source=library, input=spec, model_args=kwargs, notes=(note,))
+    network = Network(net, architecture=architecture, source=library, input=spec, model_args=kwargs, notes=(note,))
+    network.masked_decoder = decoder
+    return network
 
 
 def _card_in(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -241,8 +260,8 @@ def _card_in(metadata: Mapping[str, str]) -> dict[str, Any]:
     return {**card, "architecture": metadata["architecture"], "source": metadata.get("source", "timm")}
 
 
-def _rebuild(card: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], *, path: Path) -> Network:
-    """Build the network that a card describes, and load its weights."""
+def _rebuild(card: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None, *, path: Path) -> Network:
+    """Build the network that a card describes, and load its weights unless another does that."""
     architecture, source = card["architecture"], card["source"]
     kwargs = {key: tuple(value) if isinstance(value, list) else value for key, value in card["model_args"].items()}
     kwargs["num_classes"] = card["num_classes"] or kwargs.get("num_classes")
@@ -254,7 +273,8 @@ def _rebuild(card: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], *, pa
             f"'{path}' needs the architecture '{architecture}' of {source}, which is not to be built here: {error}",
             hint="Update the library it comes from: pip install --upgrade timm torchvision",
         ) from error
-    load_tensors(net, tensors, path=path, architecture=architecture)
+    if tensors is not None:
+        load_tensors(net, tensors, path=path, architecture=architecture)
     classes = card.get("classes")
     return Network(
         net,
@@ -334,23 +354,6 @@ def _weights_or_none(config: NetworkConfig, published: bool, in_training: bool) 
     )
 
 
-def _timm_input(cfg: Mapping[str, Any], img_size: int | None) -> InputSpec:
-    interpolation = cfg.get("interpolation") or "bicubic"
-    spec = InputSpec(
-        img_size=tuple(cfg["input_size"][-2:]),
-        mean=tuple(cfg["mean"]),
-        std=tuple(cfg["std"]),
-        interpolation=interpolation if interpolation in ("bilinear", "bicubic", "nearest") else "bicubic",
-        crop_pct=float(cfg.get("crop_pct") or 0.875),
-    )
-    return spec if img_size is None else _with_size(spec, (img_size, img_size))
-
-
-def _with_size(spec: InputSpec, img_size: tuple[int, int]) -> InputSpec:
-    crop_pct = 1.0 if max(img_size) <= _NO_CROP_UP_TO_PX else spec.crop_pct
-    return InputSpec(img_size, spec.mean, spec.std, spec.interpolation, crop_pct)
-
-
 def _resize_input(network: Network, config: NetworkConfig) -> None:
     """Give a loaded network another input size, resampling its positions where it has them."""
     size = (config.img_size, config.img_size)
@@ -366,7 +369,7 @@ def _resize_input(network: Network, config: NetworkConfig) -> None:
         _guarded(config, lambda: network.net.set_input_size(img_size=size))
         network.model_args["img_size"] = config.img_size
     check_img_size(network.net, size, config.name)
-    network.input = _with_size(network.input, size)
+    network.input = with_size(network.input, size)
 
 
 def _fit_head(network: Network, num_classes: int | None, classes: tuple[str, ...] | None) -> None:

@@ -65,6 +65,15 @@ class Network(nn.Module):
             raise WorkError(f"'{architecture}' has {outputs}, but {names}")
         self.family: Family = family(net)
         self._embedding_dim: int | None = None
+        #: How ``net`` is quantised, as written into its package; None in float. ``net`` is then a traced graph, or holds
+        #: what few bits give.
+        self.quantization: dict[str, Any] | None = None
+        #: What the package holds in place of the state dict, where weights of few levels are stored with few bits.
+        self.packed: dict[str, Tensor] | None = None
+        #: What a masked pre-training left beside it (:class:`visionkd.models.masked.SavedDecoder`), kept in its package.
+        self.masked_decoder: Any = None
+        #: Names of the layers that give the logits, where ``net`` cannot tell any more.
+        self.heads: tuple[str, ...] = ()
 
     # Running ----------------------------------------------------------------------------------------------------------
 
@@ -78,6 +87,10 @@ class Network(nn.Module):
 
     def forward_features(self, image: Tensor) -> Tensor:
         """Return the last feature map (or the tokens, B x N x D, of a transformer) before pooling."""
+        if self.heads:
+            raise WorkError(
+                f"the feature maps of a quantised '{self.architecture}' are not to be had", hint="Use its float model."
+            )
         image = self.prepare(image)
         if self.source == "timm":
             return self.net.forward_features(image)
@@ -86,7 +99,9 @@ class Network(nn.Module):
     def embed(self, image: Tensor) -> Tensor:
         """Return the pooled embedding in front of the classifier, B x D, for ``image``, B x 3 x H x W in [0, 1]."""
         image = self.prepare(image)
-        if self.source == "timm":
+        if self.heads:
+            embedding = _captured(self.net, self.net.get_submodule(self.heads[0]), "input", image)
+        elif self.source == "timm":
             embedding = self.net.forward_head(self.net.forward_features(image), pre_logits=True)
         else:
             embedding = _captured(self.net, _last_linear(self.net)[1], "input", image)
@@ -112,6 +127,12 @@ class Network(nn.Module):
         """Put a fresh classifier with ``num_classes`` outputs in place of the present one."""
         if classes is not None and len(classes) != num_classes:
             raise ValueError(f"{len(classes)} class names for {num_classes} outputs")
+        if self.heads:
+            raise WorkError(
+                f"the classifier of a quantised '{self.architecture}' cannot be replaced by one with"
+                f" {counted(num_classes, 'output')}",
+                hint="Train its float model on this data, then quantise the result.",
+            )
         parameter = next(self.net.parameters())
         if self.source == "timm":
             self.net.reset_classifier(num_classes)
@@ -187,6 +208,8 @@ def main_logits(output: Any) -> Tensor:
 
 def _heads(network: Network) -> list[nn.Module]:
     """Return the linear layers (or 1 x 1 convolutions) that give the logits; empty if there are others."""
+    if network.heads:
+        return []
     if network.source == "torchvision":
         modules: tuple[Any, ...] = (_last_linear(network.net)[1],)
     else:

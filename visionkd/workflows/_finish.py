@@ -45,6 +45,9 @@ def package(
         raise WorkError("No validation image could be read.", hint="List them with 'visionkd data check DATA'.")
     metrics = classification_metrics(answers.probs, answers.targets)
     scalars = {name: float(metrics[name]) for name in ("top1", "top5", "ece", "nll") if name in metrics}
+    if student.packed is not None:  # as the paper counts, beside what the file takes
+        huffman = student.quantization["huffman"]
+        scalars |= {"huffman_bits": huffman["mean_bits"], "huffman_mb": huffman["size_mb"]}
     save_package(
         student.cpu(), run.model, task=data.task, classes=data.classes, metrics=scalars, origin=dict(origin),
         note=data.note,
@@ -53,6 +56,35 @@ def package(
     if answers.skipped:
         listener.message(f"{len(answers.skipped)} unreadable validation images were left out", level="warning")
     return answers
+
+
+def package_encoder(
+    network: Network, run: RunDirectory, *, data: DataSet, origin: Mapping[str, Any], losses: Mapping[str, float]
+) -> None:
+    """Write ``model/`` of an encoder without a classifier, with the decoder that trained beside it."""
+    save_package(network.cpu(), run.model, task=data.task, classes=None, metrics=losses, origin=dict(origin))
+    run.update(metrics={f"val/{name}": value for name, value in losses.items()})
+
+
+def validation_loss(run: RunDirectory) -> dict[str, float]:
+    """Return the last validation loss of a run, where it has one."""
+    loss = run.status.get("metrics", {}).get("val/loss")
+    return {} if loss is None else {"loss": float(loss)}
+
+
+def measure_encoder(network: Network, run: RunDirectory) -> None:
+    """Write what an encoder costs into ``comparison.json``; there is no accuracy to compare."""
+    cost = measure_complexity(network)
+    latency = measure([torch_runner(network, name="encoder")], rounds=_LATENCY_ROUNDS)[0].latency_ms
+    row = {
+        "model": network.architecture,
+        "role": "encoder",
+        "params_m": cost.params_m,
+        "macs_g": cost.macs_g,
+        "size_mb": cost.size_mb,
+        "latency_ms": latency,
+    }
+    write_text(run.path / "comparison.json", json.dumps({"num_images": 0, "rows": [row]}, indent=2) + "\n")
 
 
 def compare(
@@ -64,6 +96,7 @@ def compare(
     config: RunConfig,
     listener: Listener,
     student_answers: Answers | None,
+    baseline: tuple[str, Network] | None = None,
 ) -> tuple[MetricRow, ...]:
     """Put student, teachers and baseline side by side, and write ``evaluation.npz`` and ``comparison.json``."""
     if data.note:
@@ -81,9 +114,11 @@ def compare(
         ("student", student),
         *(("teacher" + str(n), t) for n, (_, t) in enumerate(teachers)),
     ]
-    baseline = _baseline(config, data, listener)
+    alone = _baseline(config, data, listener)
+    if alone is not None:
+        baseline = (f"{student.architecture} alone", alone)
     if baseline is not None:
-        networks.append(("baseline", baseline))
+        networks.append(("baseline", baseline[1]))
 
     def run_one(role: str, network: Network) -> Answers:
         if role == "student" and student_answers is not None and source is val:
@@ -93,7 +128,9 @@ def compare(
     evaluations = evaluate_together(networks, source, run_one=run_one)
     rows = []
     latencies = measure([torch_runner(network, name=role) for role, network in networks], rounds=_LATENCY_ROUNDS)
-    names = {"student": student.architecture, "baseline": f"{student.architecture} alone"}
+    int8 = student.quantization is not None and student.quantization.get("kind") == "int8"
+    names = {"student": f"{student.architecture} INT8" if int8 else student.architecture}
+    names |= {"baseline": baseline[0]} if baseline is not None else {}
     names |= {f"teacher{number}": name for number, (name, _) in enumerate(teachers)}
     for role, network in networks:
         found = classification_metrics(evaluations.probs[role], evaluations.targets)

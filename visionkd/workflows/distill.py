@@ -10,12 +10,14 @@ from visionkd.config.schema import DistillConfig
 from visionkd.data.unlabeled import with_unlabeled
 from visionkd.errors import Problem, RequestError
 from visionkd.hub.package import save_package
+from visionkd.methods._optimizer import Budget
 from visionkd.methods._stage import TrainingStage
 from visionkd.models.classes import names_or_numbers
 from visionkd.models.network import Network
 from visionkd.tasks.classification import ClassificationTask
 from visionkd.types import DataSet, Listener
 from visionkd.workflows._finetune import finetune_teacher
+from visionkd.workflows._finish import validation_loss
 from visionkd.workflows._labels import open_labels, resolve_label_store, store_key
 from visionkd.workflows._method import choose_method, method_name
 from visionkd.workflows._networks import (
@@ -152,16 +154,21 @@ class _Distillation:
         self.teachers: list[Network] = []
         self.data, self.student = open_for_training(config, config.student, classes=self._teacher_classes)
         self._load_teachers()
-        for spec, teacher in zip(config.teachers, self.teachers, strict=True):
-            check_fit(teacher, self.data, config, name=spec.name)
         self.method, self.options = choose_method(
             config, student=self.student, teachers=self.teachers, listener=listener,
             unlabeled=needs_preparation(self.data, self.pool),
         )  # fmt: skip
         self.trainings = self.method.stages(config, self.options)
+        #: Whether the outcome is an encoder without a classifier.
+        self.pretrains = self.method.pretrains(self.options)
+        #: Numbers of the teachers whose classes matter.
+        self.asked = [number for number, teacher in enumerate(self.teachers) if self.method.asks(teacher, self.options)]
+        for number in self.asked:
+            check_fit(self.teachers[number], self.data, config, name=config.teachers[number].name)
         check_unlabeled(
-            config, self.data, method_name(config), uses_labels=self.method.uses_labels, teachers=self.teachers
-        )
+            config, self.data, method_name(config), uses_labels=self.method.uses_labels and not self.pretrains,
+            teachers=self.teachers if self.asked else (),
+        )  # fmt: skip
         if self.data.task not in self.method.tasks:
             raise RequestError(
                 Problem(
@@ -201,7 +208,7 @@ class _Distillation:
         with opened as (run, listener):
             write_environment(run, command)
             names = [training.name for training in self.trainings]
-            if needs_preparation(self.data, self.pool):
+            if needs_preparation(self.data, self.pool) and (self.asked or self.pool is not None):
                 names.insert(0, UNLABELED)
             stages = Stages(
                 run, listener, ["fit_teacher", *names, "package", "compare", *config.export.formats, "report"], config
@@ -216,17 +223,16 @@ class _Distillation:
                 student = self._train(student, training, run, listener, stages)
             if not run.writes:
                 return RunResult(run.path, {})
-            return stages.finish(
-                student,
-                list(zip(self.names, self.teachers, strict=True)),
-                data=self.data,
-                origin={
-                    "method": method_name(config),
-                    "options": config.options or {name: loss.model_dump() for name, loss in config.losses.items()},
-                    "teachers": self.names,
-                    "run": run.path.name,
-                },
-            )
+            origin = {
+                "method": method_name(config),
+                "options": config.options or {name: loss.model_dump() for name, loss in config.losses.items()},
+                "teachers": self.names,
+                "run": run.path.name,
+            }
+            if self.pretrains:
+                return stages.finish_pretrained(student, data=self.data, origin=origin, losses=validation_loss(run))
+            asked = [(self.names[number], self.teachers[number]) for number in self.asked]
+            return stages.finish(student, asked, data=self.data, origin=origin)
 
     def _say_choices(self, listener: Listener) -> None:
         config = self.config
@@ -251,6 +257,8 @@ class _Distillation:
                 run.wait_for("fit_teacher")
             findings = []
             for number, (teacher, name) in enumerate(zip(self.teachers, self.names, strict=True)):
+                if number not in self.asked:
+                    continue
                 if needs_fit(teacher, self.data, self.config, listener, name=name):
                     if self.config.fit_teacher.mode == "finetune":
                         self._finetune(number, run, listener)
@@ -267,7 +275,12 @@ class _Distillation:
             if todo and not run.writes:
                 run.wait_for(UNLABELED)
             self.data = prepare_unlabeled(
-                self.data, self.pool, self.teachers, config=self.config, run=run, listener=listener
+                self.data,
+                self.pool,
+                self.teachers if self.asked else (),
+                config=self.config,
+                run=run,
+                listener=listener,
             )
 
     def _finetune(self, number: int, run: RunDirectory, listener: Listener) -> None:
@@ -286,22 +299,28 @@ class _Distillation:
             if not todo and (run.model.is_dir() or kept.is_dir()):
                 return load_network(str(run.model if run.model.is_dir() else kept)).train()
             config, data = stage_config(self.config, training), stage_data(self.data, training)
+            student = self.method.prepare_student(student, training, config, self.options)
             labels = None
             if config.label_store.mode == "on":
+                # of all data, for a training on the labelled images too: they come first, so their labels are the same
                 key = store_key(
-                    config, data=data, teachers=self.teachers, img_size=self.img_size,
+                    config, data=self.data, teachers=self.teachers, img_size=self.img_size,
                     temperature=self.method.label_temperature(self.options), interpolation=student.input.interpolation,
                 )  # fmt: skip
-                labels = open_labels(config, key, data=data, teachers=self.teachers, listener=listener)
+                labels = open_labels(config, key, data=self.data, teachers=self.teachers, listener=listener)
             task = ClassificationTask(num_classes=len(data.classes), label_smoothing=config.training.label_smoothing)
             build = partial(
-                self.method, student=student, teachers=self.teachers, task=task, config=config, options=self.options
-            )
-            module = fit(
-                lambda budget: build(budget=budget), data=data, config=config, student=student,
-                img_size=self.img_size, run=run, stage=training.name, listener=listener,
-                views=config.label_store, labels=labels,
+                self.method.module_of(training, self.options), student=student, teachers=self.teachers, task=task,
+                config=config, options=self.options,
             )  # fmt: skip
+            if training.epochs == 0:  # the method makes something of the student as it is
+                module = build(budget=Budget(steps_per_epoch=0, epochs=0))
+            else:
+                module = fit(
+                    lambda budget: build(budget=budget), data=data, config=config, student=student,
+                    img_size=self.img_size, run=run, stage=training.name, listener=listener,
+                    views=config.label_store, labels=labels,
+                )  # fmt: skip
             if run.writes and training != self.trainings[-1]:
                 save_package(
                     module.deployed_student.cpu(), kept, task=data.task, classes=data.classes, metrics={}, origin={}
@@ -315,6 +334,9 @@ def stage_config(config: DistillConfig, training: TrainingStage) -> DistillConfi
     assert changed.optimizer.lr is not None
     changed.optimizer.lr *= training.lr_ratio
     changed.training.epochs = training.epochs or config.training.epochs
+    for key, value in training.settings.items():
+        section, _, name = key.rpartition(".")
+        setattr(getattr(changed, section), name, value)
     return changed
 
 
