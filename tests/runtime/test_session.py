@@ -81,7 +81,7 @@ def test_missing_damaged_and_other_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be loaded"):
         open_session(path)
     with pytest.raises(RequestError, match="not a model file"):
-        open_session(tmp_path / "m.engine")
+        open_session(tmp_path / "m.tflite")
     assert is_model_file("a/B.ONNX") and not is_model_file("resnet18")
 
 

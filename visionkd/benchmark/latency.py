@@ -19,7 +19,8 @@ from typing import Any, Literal
 import numpy as np
 
 from visionkd.benchmark.record import BenchRecord, machine, versions
-from visionkd.errors import RequestError
+from visionkd.errors import Problem, RequestError
+from visionkd.runtime.onnx_file import read_onnx_file
 from visionkd.runtime.ort import OrtModel
 from visionkd.types import InputSpec
 
@@ -97,9 +98,59 @@ def ort_runner(
         device=model.device,
         batch_size=batch_size,
         img_size=size,
+        precision="int8" if read_onnx_file(path).is_quantized else "fp32",
         params_m=cost.get("params_m"),
         macs_g=cost.get("macs_g"),
         size_mb=Path(path).stat().st_size / 1e6,
+    )
+
+
+def engine_runner(
+    path: str | os.PathLike[str],
+    *,
+    name: str,
+    batch_size: int = 1,
+    threads: int = 1,
+    img_size: tuple[int, int] | None = None,
+    accelerator: Literal["auto", "cpu", "gpu"] | None = None,
+    cuda_graph: bool = False,
+) -> Runner:
+    """Make a runner for a TensorRT engine; a call copies the batch to the GPU and the answer back.
+
+    Args:
+        path: The file.
+        name: Name for the table.
+        batch_size: Images in a batch.
+        threads: Said in the record; the engine runs on the GPU.
+        img_size: Height and width; an engine has one, and others are refused.
+        accelerator: ``cpu`` is refused.
+        cuda_graph: Launch it as a CUDA graph.
+    """
+    if accelerator == "cpu":
+        raise RequestError(Problem("--accelerator", f"'{path}' is a TensorRT engine and needs a GPU", "Leave it out."))
+    from visionkd.runtime.trt import TrtModel
+
+    model = TrtModel(path, cuda_graph=cuda_graph)
+    size = tuple(model.input_shapes[0][2:])
+    if img_size is not None and tuple(img_size) != size:
+        raise RequestError(f"'{path}' takes images of {size[0]} x {size[1]} pixels only", hint="Leave --img-size out.")
+    low, _, high = model.info.batch
+    if not low <= batch_size <= high:  # run() would cut or fill it, and the time be that of another batch
+        raise RequestError(f"'{path}' takes batches of {low} to {high}, not {batch_size}", hint="Build it with --batch")
+    image = np.random.default_rng(0).random((batch_size, 3, *size), dtype=np.float32)
+    cost = json.loads(model.metadata.get("complexity", "{}"))
+    return Runner(
+        model=name,
+        backend=model.info.library,
+        call=lambda: model.run(image),
+        threads=threads,
+        device=model.device,
+        batch_size=batch_size,
+        img_size=size,  # type: ignore[arg-type]
+        precision=f"int8+{model.info.precision}" if model.info.quantized else model.info.precision,
+        params_m=cost.get("params_m"),
+        macs_g=cost.get("macs_g"),
+        size_mb=model.info.engine_bytes / 1e6,
     )
 
 

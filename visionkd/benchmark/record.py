@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("visionkd", "torch", "torchvision", "timm", "onnxruntime", "numpy")
+_PACKAGES = ("visionkd", "torch", "torchvision", "timm", "onnxruntime", "tensorrt", "tensorrt-rtx-cu12", "numpy")
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,29 @@ destination = stack(
         option("--overwrite", is_flag=True, help="Replace the run in --out by a new one."),
     ]
 )
+#: Of ``export --format tensorrt``.
+engine = stack(
+    [
+        option(
+            "--precision",
+            type=click.Choice(["fp32", "fp16"]),
+            stated_default="fp32",
+            help="What an engine computes in outside INT8.",
+        ),
+        option("--batch", metavar="N|MIN:BEST:MAX", stated_default="1:1:16", help="Batch sizes of an engine."),
+        option("--workspace-mb", type=AT_LEAST_1, metavar="N", help="Most memory that a layer of an engine may use."),
+        option("--timing-cache", metavar="FILE", help="Keeps TensorRT's measurements; the default is in the cache."),
+        option("--dla", type=Count(0), metavar="CORE", help="Build for this core of the deep learning accelerator."),
+        option(
+            "--builder",
+            type=click.Choice(["tensorrt", "tensorrt_rtx"]),
+            help="What builds the engine; the default is what is installed.",
+        ),
+        option(
+            "--compute-capability", metavar="X.Y", help="GPU to build for without having it; for tensorrt_rtx only."
+        ),
+    ]
+)
 compute = stack(
     [
         accelerator,

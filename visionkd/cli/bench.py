@@ -1,7 +1,7 @@
 """Time models side by side: latency, throughput, parameters, MACs, size.
 
-MODEL is a run directory, a packaged model, a timm or torchvision name, or an .onnx file. Rounds of the models are
-interleaved, so that a busy machine slows all of them alike.
+MODEL is a run directory, a packaged model, a timm or torchvision name, an .onnx file or an .engine file. Rounds of
+the models are interleaved, so that a busy machine slows all of them alike.
 
 \b
 Examples:
@@ -17,7 +17,7 @@ from visionkd.cli import _options, console
 from visionkd.cli._base import argument, comma_list, new_command, option
 from visionkd.errors import Problem, RequestError, did_you_mean
 
-BACKENDS = ("torch", "onnxruntime")
+BACKENDS = ("torch", "onnxruntime", "tensorrt")
 
 
 @new_command(__doc__)
@@ -36,6 +36,7 @@ BACKENDS = ("torch", "onnxruntime")
     "--img-size", type=_options.AT_LEAST_1, metavar="N", help="Input size in pixels; the default is each model's own."
 )
 @_options.accelerator
+@option("--cuda-graph", is_flag=True, default=None, help="Launch engines as CUDA graphs.")
 @_options.as_json
 def command(models: tuple[str, ...], backend: tuple[str, ...], as_json: bool, **request: Any) -> None:
     from visionkd import workflows

@@ -1,6 +1,7 @@
 """Measure the accuracy of a model on labelled data.
 
-MODEL is a run directory, a packaged model, a timm or torchvision name, or an .onnx file, which needs no torch.
+MODEL is a run directory, a packaged model, a timm or torchvision name, an .onnx file or an .engine file. The last
+two need no torch.
 
 \b
 Examples:
@@ -26,7 +27,9 @@ from visionkd.cli._base import argument, new_command, option
 @option("--limit", type=_options.AT_LEAST_1, metavar="N", help="Use at most so many images, spread over the classes.")
 @_options.accelerator
 @option(
-    "--backend", type=click.Choice(["torch", "onnxruntime"]), help="What runs the model; by default its format decides."
+    "--backend",
+    type=click.Choice(["torch", "onnxruntime", "tensorrt"]),
+    help="What runs the model; by default its format decides.",
 )
 @_options.overrides
 @_options.as_json

@@ -1,7 +1,7 @@
 """Label images with a model.
 
-MODEL is a run directory, a packaged model, a timm or torchvision name, or an .onnx file. IMAGE is a file, a directory
-or a pattern. Images that cannot be read are named on standard error, and the exit code is then 1.
+MODEL is a run directory, a packaged model, a timm or torchvision name, an .onnx file or an .engine file. IMAGE is a
+file, a directory or a pattern. Images that cannot be read are named on standard error, and the exit code is then 1.
 
 \b
 Examples:

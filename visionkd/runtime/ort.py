@@ -22,6 +22,7 @@ class OrtModel:
         path: The ``.onnx`` file.
         threads: Threads within an operator; None leaves the choice to ONNX Runtime.
         accelerator: ``cpu``; ``gpu`` needs the CUDA provider, ``auto`` takes it where there is one.
+        optimize: False runs the nodes as they are in the file.
 
     Attributes:
         inputs: Names of the inputs.
@@ -36,7 +37,12 @@ class OrtModel:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, threads: int | None = None, accelerator: Accelerator = "cpu"
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        accelerator: Accelerator = "cpu",
+        optimize: bool = True,
     ) -> None:
         self.path = Path(path)
         if not self.path.is_file():
@@ -45,6 +51,8 @@ class OrtModel:
         providers = _providers(runtime, accelerator)
         options = runtime.SessionOptions()
         options.log_severity_level = _SILENT
+        if not optimize:
+            options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if threads is not None:
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1

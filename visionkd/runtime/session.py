@@ -6,18 +6,23 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL.Image import Image
 
-from visionkd.errors import RequestError
+from visionkd.errors import Problem, RequestError
+from visionkd.runtime.engine_file import ENGINE_SUFFIX
 from visionkd.runtime.metrics import softmax
 from visionkd.runtime.ort import Accelerator, OrtModel
 from visionkd.runtime.preprocess import preprocess, to_batch
 from visionkd.types import InputSpec, TaskName
 
-_SUFFIXES = (".onnx",)
+if TYPE_CHECKING:
+    from visionkd.runtime.trt import TrtModel
+
+ONNX_SUFFIX = ".onnx"
+_SUFFIXES = (ONNX_SUFFIX, ENGINE_SUFFIX)
 _REQUIRED = ("visionkd_version", "task", "input")
 
 
@@ -33,7 +38,7 @@ class Session:
         metadata: All that the file says, parsed where it is JSON.
     """
 
-    def __init__(self, model: OrtModel) -> None:
+    def __init__(self, model: OrtModel | TrtModel) -> None:
         missing = [key for key in _REQUIRED if key not in model.metadata]
         if missing:
             raise RequestError(
@@ -74,28 +79,51 @@ class Session:
 
 
 def open_session(
-    path: str | os.PathLike[str], *, threads: int | None = None, accelerator: Accelerator = "cpu"
+    path: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    accelerator: Accelerator | None = None,
+    cuda_graph: bool = False,
 ) -> Session:
     """Open a model file that visionkd exported.
 
     Args:
-        path: An ``.onnx`` file.
-        threads: Threads to run with; None leaves the choice to the engine.
-        accelerator: ``cpu``, ``gpu`` or ``auto``.
+        path: An ``.onnx`` file, or an ``.engine`` file that was built for this device.
+        threads: Threads to run with; None leaves the choice to ONNX Runtime.
+        accelerator: ``cpu``, ``gpu`` or ``auto``; None takes the CPU for ONNX. An engine runs on the GPU only.
+        cuda_graph: Launch an engine as a CUDA graph.
 
     Raises:
-        RequestError: If the file is of another kind, or does not describe itself.
+        RequestError: If the file is of another kind, does not describe itself, or does not run here.
         DataError: If it is damaged.
     """
     path = Path(path)
+    if is_engine_file(path):
+        if accelerator == "cpu":
+            raise RequestError(
+                Problem("--accelerator", f"'{path}' is a TensorRT engine, which runs on a GPU only", "Leave it out.")
+            )
+        from visionkd.runtime.trt import TrtModel
+
+        return Session(TrtModel(path, cuda_graph=cuda_graph))
     if not is_model_file(path):
         raise RequestError(f"'{path}' is not a model file that this version runs; known: {', '.join(_SUFFIXES)}")
-    return Session(OrtModel(path, threads=threads, accelerator=accelerator))
+    return Session(OrtModel(path, threads=threads, accelerator=accelerator or "cpu"))
 
 
 def is_model_file(name: str | os.PathLike[str]) -> bool:
     """Tell whether ``name`` looks like a file for :func:`open_session`."""
     return os.fspath(name).lower().endswith(_SUFFIXES)
+
+
+def is_engine_file(name: str | os.PathLike[str]) -> bool:
+    """Tell whether ``name`` looks like a TensorRT engine."""
+    return os.fspath(name).lower().endswith(ENGINE_SUFFIX)
+
+
+def backend_of(name: str | os.PathLike[str]) -> Literal["onnxruntime", "tensorrt"]:
+    """Return what runs a model file."""
+    return "tensorrt" if is_engine_file(name) else "onnxruntime"
 
 
 def top_classes(probs: np.ndarray, classes: Sequence[str] | None, k: int) -> list[list[tuple[str, float]]]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from visionkd.benchmark.latency import Runner, measure, ort_runner
+from visionkd.benchmark.latency import Runner, engine_runner, measure, ort_runner
 from visionkd.benchmark.record import BenchRecord
 from visionkd.errors import Problem, RequestError
-from visionkd.runtime.session import is_model_file
+from visionkd.runtime.bundle_file import file_to_run, is_bundle
+from visionkd.runtime.session import backend_of, is_engine_file, is_model_file
 from visionkd.types import Listener, MetricRow, Progress
 from visionkd.workflows.results import BenchResult
 
-BACKENDS = ("torch", "onnxruntime")
+BACKENDS = ("torch", "onnxruntime", "tensorrt")
+_EXPORTED = {
+    "onnxruntime": ("model.onnx", "model.int8.onnx"),
+    "tensorrt": ("model.int8.engine", "model.engine"),
+}
 
 
 def bench(
@@ -25,18 +30,21 @@ def bench(
     rounds: int = 20,
     img_size: int | None = None,
     accelerator: str | None = None,
+    cuda_graph: bool = False,
     listener: Listener | None = None,
 ) -> BenchResult:
     """Time every model on every backend that can run it, in interleaved rounds.
 
     Args:
-        models: MODELs; a run directory stands for its packaged student, and for its exported file on ``onnxruntime``.
-        backend: ``torch``, ``onnxruntime`` or both; None takes what each model's format needs.
+        models: MODELs; a run directory stands for its packaged student, and for its exported file on ``onnxruntime``
+            and ``tensorrt``.
+        backend: ``torch``, ``onnxruntime``, ``tensorrt`` or several; None takes what each model's format needs.
         batch_size: Images in a batch.
         threads: Threads within an operator.
         rounds: Interleaved rounds.
         img_size: Size of the images in pixels; None takes each model's own.
-        accelerator: ``auto``, ``cpu`` or ``gpu``; None takes the CPU.
+        accelerator: ``auto``, ``cpu`` or ``gpu``; None takes the CPU, and the GPU for engines.
+        cuda_graph: Launch engines as CUDA graphs.
         listener: Is told what happens.
 
     Raises:
@@ -49,38 +57,68 @@ def bench(
         "batch_size": batch_size,
         "threads": threads,
         "img_size": None if img_size is None else (img_size, img_size),
-        "accelerator": accelerator or "cpu",
     }
-    runners = [runner for model in models for runner in _runners(model, tuple(backend or ()), settings)]
+
+    def run_file(file: str | Path, name: str) -> Runner:
+        if is_engine_file(file):
+            return engine_runner(file, name=name, accelerator=accelerator, cuda_graph=cuda_graph, **settings)
+        return ort_runner(file, name=name, accelerator=accelerator or "cpu", **settings)  # type: ignore[arg-type]
+
+    def run_torch(model: str) -> Runner:
+        from visionkd.benchmark.torch_runner import torch_runner
+        from visionkd.workflows._networks import load_for_bench
+
+        network = load_for_bench(model, img_size=img_size)
+        return torch_runner(network, name=model, accelerator=accelerator or "cpu", **settings)
+
+    makers = [maker for model in models for maker in _makers(model, tuple(backend or ()), run_file, run_torch)]
+    runners = [maker() for maker in makers]
     records = measure(
         runners, rounds=rounds, on_round=lambda done, total: listener.progress(Progress("bench", done, total))
     )
     return BenchResult(tuple(row(record) for record in records))
 
 
-def _runners(model: str, backends: tuple[str, ...], settings: dict[str, Any]) -> list[Runner]:
+def _makers(
+    model: str,
+    backends: tuple[str, ...],
+    run_file: Callable[[str | Path, str], Runner],
+    run_torch: Callable[[str], Runner],
+) -> list[Callable[[], Runner]]:
+    """Return what makes the runners of a model; wrong requests are found before the first is made."""
+    if is_bundle(model):
+        files = [file_to_run(model, backend) for backend in backends or (None,)]
+        return [lambda file=file: run_file(file, file) for file in files]  # type: ignore[misc]
     if is_model_file(model):
-        if backends and "onnxruntime" not in backends:
-            raise RequestError(Problem("--backend", f"{model} runs in onnxruntime only", "Use --backend onnxruntime."))
-        return [ort_runner(model, name=model, **settings)]
-    runners = []
+        own = backend_of(model)
+        if backends and own not in backends:
+            raise RequestError(Problem("--backend", f"{model} runs in {own} only", f"Use --backend {own}."))
+        return [lambda: run_file(model, model)]
+    makers: list[Callable[[], Runner]] = []
     if not backends or "torch" in backends:
-        from visionkd.benchmark.torch_runner import torch_runner
-        from visionkd.workflows._networks import load_for_bench
+        makers.append(lambda: run_torch(model))
+    for backend in ("onnxruntime", "tensorrt"):
+        if backend in backends:
+            exported = _exported(model, backend)
+            makers.append(lambda file=exported: run_file(file, model))
+    return makers
 
-        img_size = settings["img_size"][0] if settings["img_size"] else None
-        runners.append(torch_runner(load_for_bench(model, img_size=img_size), name=model, **settings))
-    if "onnxruntime" in backends:
-        exported = Path(model) / "export" / "model.onnx"
-        if not exported.is_file():
-            steps = (
-                f"visionkd export {model}"
-                if Path(model).is_dir()
-                else f"visionkd export {model} --out model.onnx, then: visionkd bench model.onnx"
-            )
-            raise RequestError(f"There is no ONNX file of {model} to run in onnxruntime.", hint=f"Run: {steps}")
-        runners.append(ort_runner(exported, name=model, **settings))
-    return runners
+
+def _exported(model: str, backend: str) -> Path:
+    files = [Path(model) / "export" / name for name in _EXPORTED[backend]]
+    for file in files:
+        if file.is_file():
+            return file
+    kind = {"onnxruntime": "ONNX file", "tensorrt": "engine"}[backend]
+    suffix, option = (".onnx", "") if backend == "onnxruntime" else (".engine", " --format tensorrt")
+    steps = (
+        f"visionkd export {model}{option}"
+        if Path(model).is_dir()
+        else f"visionkd export {model} --out model.onnx, then: visionkd bench model.onnx"
+    )
+    if backend == "tensorrt" and not Path(model).is_dir():
+        steps = f"visionkd export {model} --out model.onnx, then: visionkd export model.onnx{option} --out m{suffix}"
+    raise RequestError(f"There is no {kind} of {model} to run in {backend}.", hint=f"Run: {steps}")
 
 
 def row(record: BenchRecord) -> MetricRow:

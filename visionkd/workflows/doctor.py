@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import visionkd
 from visionkd.benchmark.record import processor
+from visionkd.runtime.cuda_driver import find_device
 
 Status = Literal["ok", "missing", "broken"]
 _GB = 1e9
@@ -64,7 +65,7 @@ def doctor() -> DoctorResult:
     """Look at this machine; nothing is changed and no network is used."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rows = [*_system(), *_places(), *map(check_package, requirements()), *_accelerators(), _tensorrt()]
+        rows = [*_system(), *_places(), *map(check_package, requirements()), *_accelerators(), *_engines()]
     return DoctorResult(tuple(rows))
 
 
@@ -189,8 +190,13 @@ def _accelerators() -> Iterator[DoctorRow]:
     try:
         import torch
     except Exception:  # its own row tells why
-        detail = "an NVIDIA driver is there, but PyTorch is not" if has_driver else "no NVIDIA driver"
-        yield DoctorRow("gpu", "missing", detail, "pip install 'visionkd[train]'" if has_driver else None)
+        device = find_device()
+        if device is not None:  # enough for engines
+            size = f"{device.memory_bytes / _GB:.1f} GB, compute {device.compute_capability}"
+            yield DoctorRow("gpu", "ok", f"{device.name}, {size}, without PyTorch")
+            return
+        detail = "there is an NVIDIA driver that shows no GPU" if has_driver else "no NVIDIA driver"
+        yield DoctorRow("gpu", "missing", detail, "Check it with: nvidia-smi" if has_driver else None)
         return
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -228,14 +234,34 @@ def _gpu(torch: Any, index: int) -> DoctorRow:
     return DoctorRow(name, "ok", detail)
 
 
-def _tensorrt() -> DoctorRow:
-    if importlib.util.find_spec("tensorrt") is None:
-        return DoctorRow(
-            "tensorrt", "missing", "not installed", "Only to run engines; it comes with JetPack on a Jetson."
-        )
+def _engines() -> Iterator[DoctorRow]:
+    """Say what is there to build TensorRT engines with, and to run them."""
+    found = [
+        _engine_package("tensorrt", "Only for engines; JetPack brings it on a Jetson, elsewhere: pip install tensorrt"),
+        _engine_package("tensorrt_rtx", "Only to build engines without a GPU: pip install tensorrt-rtx-cu12"),
+        _engine_package("pycuda.driver", "Only to run engines: pip install pycuda"),
+    ]
+    yield from found
+    if found[0].status != "missing" and found[2].status == "missing":
+        yield DoctorRow(
+            "engines", "missing", "TensorRT is there to build engines, and pycuda to run them is not",
+            "pip install pycuda",
+        )  # fmt: skip
+    elif Path("/etc/nv_tegra_release").is_file() and found[0].status == "missing" and sys.prefix != sys.base_prefix:
+        yield DoctorRow(
+            "engines", "missing", "this virtual environment hides JetPack's TensorRT",
+            "python3 -m venv --system-site-packages DIR",
+        )  # fmt: skip
+
+
+def _engine_package(module: str, hint: str) -> DoctorRow:
+    name = module.partition(".")[0]
+    if importlib.util.find_spec(name) is None:
+        return DoctorRow(name, "missing", "not installed", hint)
     try:
-        version = importlib.import_module("tensorrt").__version__
-    except Exception as error:
+        loaded = importlib.import_module(module)
+        version = getattr(loaded, "__version__", None) or importlib.metadata.version(name)
+    except Exception as error:  # a library of another CUDA fails in ways of its own
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        return DoctorRow("tensorrt", "broken", f"cannot be imported: {reason}", "Reinstall it to fit the driver.")
-    return DoctorRow("tensorrt", "ok", str(version))
+        return DoctorRow(name, "broken", f"cannot be imported: {reason}", "Reinstall it to fit the driver.")
+    return DoctorRow(name, "ok", str(version))

@@ -15,8 +15,9 @@ from visionkd.config.schema import RunConfig
 from visionkd.data.open import open_data
 from visionkd.data.subset import stratified_subset, targets_of
 from visionkd.errors import DataError, Problem, RequestError, UnreadableImageError, did_you_mean
+from visionkd.runtime.bundle_file import file_to_run
 from visionkd.runtime.metrics import classification_metrics, per_class_accuracy
-from visionkd.runtime.session import Session, is_model_file, open_session
+from visionkd.runtime.session import Session, backend_of, is_model_file, open_session
 from visionkd.types import DataSet, Listener, Progress, Source
 from visionkd.workflows.results import EvalResult
 
@@ -42,7 +43,7 @@ def evaluate(
         batch_size: Images at a time.
         limit: Most images, spread over the classes.
         accelerator: ``auto``, ``cpu`` or ``gpu``.
-        backend: ``torch`` or ``onnxruntime``; None takes what the model's format needs.
+        backend: ``torch``, ``onnxruntime`` or ``tensorrt``; None takes what the model's format needs.
         options: ``KEY=VALUE`` overrides, such as ``data.shapes.num_val=1000``.
         listener: Is told what happens.
 
@@ -51,16 +52,17 @@ def evaluate(
         DataError: If no image can be read.
     """
     listener = listener or Listener()
+    model = file_to_run(model, backend)
     run = run_of(model)
     config = data_config(data, run=run, options=options)
     is_file = is_model_file(model)
-    if is_file and backend == "torch":
+    if is_file and backend not in (None, backend_of(model)):
+        hint = "Give the run or package it came from." if backend == "torch" else "Leave it out."
+        raise RequestError(Problem("--backend", f"{model} runs in {backend_of(model)}, not in {backend}", hint))
+    if not is_file and backend in ("onnxruntime", "tensorrt"):
+        format, kind = ("onnx", "an ONNX file") if backend == "onnxruntime" else ("tensorrt", "an engine file")
         raise RequestError(
-            Problem("--backend", f"{model} runs in onnxruntime, not in torch", "Give the run or package it came from.")
-        )
-    if not is_file and backend == "onnxruntime":
-        raise RequestError(
-            Problem("--backend", f"{model} is not an ONNX file", f"Run: visionkd export {model} --format onnx")
+            Problem("--backend", f"{model} is not {kind}", f"Run: visionkd export {model} --format {format}")
         )
     loaded: Any = open_session(model, accelerator=accelerator or "auto") if is_file else _network(model)  # type: ignore[arg-type]
     size = max(loaded.input.img_size)

@@ -10,6 +10,7 @@ import numpy as np
 
 from visionkd.errors import RequestError, UnreadableImageError
 from visionkd.files import check_writable, replacing
+from visionkd.runtime.bundle_file import file_to_run
 from visionkd.runtime.draw import draw_labels
 from visionkd.runtime.images import decode_rgb, find_images
 from visionkd.runtime.preprocess import preprocess, to_batch
@@ -47,6 +48,7 @@ def predict(
     listener = listener or Listener()
     files = find_images(images)
     loaded: Any
+    model = file_to_run(model)
     if is_model_file(model):
         loaded = open_session(model, accelerator=accelerator or "auto")  # type: ignore[arg-type]
         classes = loaded.classes
