@@ -27,6 +27,7 @@ class Case:
         arrays: Inputs, outputs and gradients by name.
         rtol: Tolerances of the file.
         atol: Tolerances of the file.
+        others: Arrays of the other cases of the file, by case, for one that goes on from another.
     """
 
     file: str
@@ -38,6 +39,7 @@ class Case:
     arrays: Mapping[str, np.ndarray]
     rtol: float
     atol: float
+    others: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
 
     def tensor(self, name: str, *, requires_grad: bool = False) -> Tensor:
         """Return an array as a fresh tensor of its own type."""
@@ -103,6 +105,10 @@ def read_cases(directory: Path) -> Iterator[Case]:
             continue  # a table, not a test
         tolerance = content.get("tolerance", {})
         with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
+            every = {
+                case["case"]: {name: arrays[f"{case['case']}/{name}"] for name in case["arrays"]}
+                for case in content["cases"]
+            }
             for case in content["cases"]:
                 yield Case(
                     file=path.stem,
@@ -111,9 +117,10 @@ def read_cases(directory: Path) -> Iterator[Case]:
                     what=case.get("what", ""),
                     notes=case.get("notes", ""),
                     hyper=case.get("hyper_parameters", {}),
-                    arrays={name: arrays[f"{case['case']}/{name}"] for name in case["arrays"]},
+                    arrays=every[case["case"]],
                     rtol=float(tolerance.get("rtol", 1e-5)),
                     atol=float(tolerance.get("atol", 1e-6)),
+                    others={name: values for name, values in every.items() if name != case["case"]},
                 )
 
 

@@ -65,8 +65,8 @@ class Network(nn.Module):
             raise WorkError(f"'{architecture}' has {outputs}, but {names}")
         self.family: Family = family(net)
         self._embedding_dim: int | None = None
-        #: How ``net`` is quantised, as written into its package; None in float. ``net`` is then a traced graph, or holds
-        #: what few bits give.
+        #: How ``net`` is quantised, as written into its package; None in float. ``net`` is then a traced graph, or
+        #: holds what few bits give.
         self.quantization: dict[str, Any] | None = None
         #: What the package holds in place of the state dict, where weights of few levels are stored with few bits.
         self.packed: dict[str, Tensor] | None = None

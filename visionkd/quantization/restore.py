@@ -10,6 +10,7 @@ from torch import Tensor
 
 from visionkd.errors import DataError
 from visionkd.models.network import Network
+from visionkd.quantization.fold import fold_quantized
 from visionkd.quantization.insert import Int8Scheme, freeze, int8_layers, quantize_network
 
 
@@ -33,6 +34,8 @@ def restore(network: Network, spec: Mapping[str, Any], tensors: Mapping[str, Ten
             hint="Update visionkd: pip install --upgrade visionkd",
         )
     quantized = quantize_network(network, scheme=Int8Scheme.from_dict(spec["scheme"]))
+    if spec.get("folded"):
+        quantized = fold_quantized(quantized)  # for its layers: all values are replaced below
     missing, unexpected = quantized.net.load_state_dict(dict(tensors), strict=False)
     if missing or unexpected:
         words = [f"lacks {missing[0]}" if missing else "", f"holds {unexpected[0]}" if unexpected else ""]

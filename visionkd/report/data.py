@@ -205,6 +205,8 @@ class ReportData:
         exports: Exported files.
         skipped: Images that could not be read, as (name, reason).
         augmentation: Directory with what a learned augmentation left behind.
+        reconstructions: Picture of what a masked autoencoder makes of images.
+        pretrained: Whether the network is an encoder that has no classifier yet.
     """
 
     title: str
@@ -231,6 +233,8 @@ class ReportData:
     skipped: tuple[tuple[str, str], ...] = ()
     note: str = ""
     augmentation: Path | None = None
+    reconstructions: Path | None = None
+    pretrained: bool = False
 
     def __post_init__(self) -> None:
         if self.evaluation is not None and self.classes:

@@ -14,7 +14,7 @@ from PIL import Image
 
 import visionkd
 from visionkd.errors import VisionKDError
-from visionkd.report import analysis, augmentation, figures
+from visionkd.report import analysis, augmentation, figures, reconstruction
 from visionkd.report.data import Evaluation, ModelRow, ReportData
 from visionkd.report.pictures import picture_uri
 from visionkd.report.text import (
@@ -35,6 +35,7 @@ THUMBNAIL = 144
 """Largest side of an error picture in pixels; smaller ones are kept as they are and enlarged by the page."""
 NAME_WIDTH = 36
 """Characters of a class name beside an error picture."""
+PRETRAINED = "The encoder was pre-trained on images alone and has no classifier yet."
 ROLES = ("student", "teacher", "baseline")
 
 
@@ -71,7 +72,10 @@ def render_report(data: ReportData) -> str:
     context: dict[str, Any] = {
         "data": data,
         "version": visionkd.__version__,
-        "summary": summary_sentence(data.student, data.teachers, data.baseline, note=data.note),
+        "summary": PRETRAINED
+        if data.pretrained
+        else summary_sentence(data.student, data.teachers, data.baseline, note=data.note),
+        "alone": "pre-trained, without a classifier" if data.pretrained else "trained with labels",
         "facts": _facts(data),
         "who": _who(data),
         "models": models,
@@ -84,6 +88,7 @@ def render_report(data: ReportData) -> str:
         "curves": figures.learning_curves(data.curves, data.baseline_curves, student=_who(data)) if data.curves else [],
         "costs": figures.accuracy_against_cost(data.student, data.teachers, data.baseline),
         "strips": augmentation.strips(moments),
+        "reconstructions": reconstruction.read_reconstructions(data.reconstructions),
         "learned": augmentation.parameter_rows(moments),
         "turns": augmentation.turn_pictures(data.curves),
         "environment": flatten(data.environment),

@@ -17,6 +17,7 @@ _MODULES = {
     "bench": "bench",
     "report": "report",
     "search": "search",
+    "quantize": "quantize",
     "doctor": "doctor",
     "check_data": "data",
     "list_data": "data",

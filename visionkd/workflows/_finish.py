@@ -188,5 +188,11 @@ def saved_rows(run: RunDirectory) -> tuple[MetricRow, ...]:
 
 def files_of(run: RunDirectory) -> dict[str, Path]:
     """Return what a run made, by name."""
-    candidates = {"model": run.model, "onnx": run.path / "export" / "model.onnx", "report": run.path / "report.html"}
+    export = run.path / "export"
+    candidates = {
+        "model": run.model,
+        "onnx": export / "model.onnx",
+        "int8": export / "model.int8.onnx",
+        "report": run.path / "report.html",
+    }
     return {name: path for name, path in candidates.items() if path.exists()}

@@ -20,14 +20,16 @@ from visionkd.workflows.configs import show_config
 
 C = TypeVar("C", bound=RunConfig)
 METHODS = "visionkd.methods"
-#: What ``--method auto`` takes one of.
-AUTO_METHODS = ("kd", "meal_v2", "ofa_kd", "ssld")
+#: What ``--method auto`` takes, by the reason for it.
+AUTO_METHODS = {"usual": "kd", "several teachers": "meal_v2", "unlabeled images": "ssld", "other family": "ofa_kd"}
 #: The command line's option behind each key of the configuration that has one.
 _OPTIONS = {
     "teachers": "--teacher",
     "student.name": "--student",
     "model.name": "--model",
     "model.pretrained": "--pretrained",
+    "objective": "--objective",
+    "init": "--init",
     "data.path": "--data",
     "method": "--method",
     "task": "--task",
@@ -57,8 +59,11 @@ def build_config(
     overrides: Mapping[str, Any],
     out: str | None,
     resume: bool,
+    spelled: Mapping[str, str] | None = None,
 ) -> C:
     """Read the recipe, or the configuration of the run that is resumed, and apply what was given on the command line.
+
+    ``spelled`` names the options of a command that calls them otherwise.
 
     Raises:
         RequestError: With everything that is wrong.
@@ -84,7 +89,7 @@ def build_config(
         overrides=overrides,
         options=options,
         method_options=method_options,
-        spelled=_OPTIONS,
+        spelled={**_OPTIONS, **(spelled or {})},
         again=again,
         check=_wrong_names,
     )
@@ -119,12 +124,13 @@ def _wrong_names(values: Mapping[str, Any]) -> Iterator[Problem]:
         except RequestError as error:
             yield Problem(key, error.message, error.hint)
         else:
-            yield from _wrong_args(values, key, name)
+            if key.endswith(".name"):
+                yield from _wrong_args(values, key, name)
     method = values.get("method")
     if isinstance(method, str) and method not in ("auto", *(known := registry.names(METHODS))):
         hint = did_you_mean(method, ("auto", *known)) or f"Known: auto, {', '.join(known)}"
         yield Problem("method", f"unknown name '{method}'", hint)
-    if isinstance(values.get("options"), dict) and method in (None, "auto"):
+    if isinstance(values.get("options"), dict) and method in (None, "auto") and "model" not in values:
         yield from _options_of_none(values["options"])
     path = _part(values, "data", "path")
     if isinstance(path, str) and not _is_data(path):
@@ -137,7 +143,8 @@ def _wrong_names(values: Mapping[str, Any]) -> Iterator[Problem]:
 
 def _options_of_none(options: Mapping[str, Any]) -> Iterator[Problem]:
     """Find options that none of the methods has which ``auto`` may take; which one it takes, the networks decide."""
-    known = {name for method in AUTO_METHODS for name in getattr(method_options(method), "__dataclass_fields__", ())}
+    options_of = map(method_options, AUTO_METHODS.values())
+    known = {name for each in options_of for name in getattr(each, "__dataclass_fields__", ())}
     for name in sorted(set(map(str, options)) - known):
         hint = did_you_mean(name, sorted(known)) or "Give --method as well."
         yield Problem(f"options.{name}", "unknown option of this method", hint)
@@ -172,6 +179,7 @@ def _names(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for number, teacher in enumerate(teachers if isinstance(teachers, list) else ()):
         found[f"teachers.{number}.name"] = _part({"teacher": teacher}, "teacher", "name")
     found["report.baseline"] = _part(values, "report", "baseline")
+    found["init"] = values.get("init")
     for key, name in found.items():
         if isinstance(name, str):
             yield key, name

@@ -30,7 +30,12 @@ _LIBRARIES = ("torch", "torchvision", "timm", "lightning", "torchmetrics", "nump
 
 
 def open_for_training(
-    config: RunConfig, network: NetworkConfig, *, classes: Callable[[], Sequence[str]] | None = None
+    config: RunConfig,
+    network: NetworkConfig,
+    *,
+    classes: Callable[[], Sequence[str]] | None = None,
+    init: str | None = None,
+    classifier: bool = True,
 ) -> tuple[DataSet, Network]:
     """Open the data and create the network that trains on it, with the data's classes.
 
@@ -38,6 +43,8 @@ def open_for_training(
         config: Settings of the run.
         network: What to create.
         classes: Gives the class names of data without labels; None refuses such data.
+        init: MODEL whose weights the network begins with.
+        classifier: Whether the network gets outputs for the data's classes, or none at all.
 
     Raises:
         DataError: If there is nothing to train or to validate on.
@@ -45,7 +52,9 @@ def open_for_training(
     data = open_data(
         config.data.path, config=config.data, seed=config.data.split_seed, task=config.task, classes=classes
     )
-    created = seeded_network(network, data=data, seed=config.training.seed, role="student")
+    created = seeded_network(
+        network, data=data, seed=config.training.seed, role="student", init=init, classifier=classifier
+    )
     if config.data.path == "shapes" and config.data.shapes.size is None:
         # scenes are drawn at the size that is looked at
         config.data.shapes.size = min(640, max(32, *created.input.img_size))
@@ -64,7 +73,8 @@ def data_text(config: RunConfig, data: DataSet) -> str:
     sizes = ", ".join(
         f"{len(data.splits[split])} {word}" for split, word in (("train", "training"), ("val", "validation"))
     )
-    text = f"Data: {data.name}, {sizes} images, {len(data.classes)} classes"
+    kinds = f"{len(data.classes)} classes" if data.classes else "no labels"
+    text = f"Data: {data.name}, {sizes} images, {kinds}"
     if config.data.path == "shapes":
         text += f" (scenes of {config.data.shapes.size} pixels, drawn on the fly; --data DIR takes your own images)"
     return text
@@ -87,9 +97,15 @@ class Stages:
             self.run.mark_done(name)
 
     def finish(
-        self, network: Network, teachers: Sequence[tuple[str, Network]], *, data: DataSet, origin: Mapping[str, Any]
+        self,
+        network: Network,
+        teachers: Sequence[tuple[str, Network]],
+        *,
+        data: DataSet,
+        origin: Mapping[str, Any],
+        baseline: tuple[str, Network] | None = None,
     ) -> RunResult:
-        """Package, compare, export and report what was trained."""
+        """Package, compare, export and report what was trained; ``baseline`` is compared with where none is set."""
         run, config, listener = self.run, self.config, self.listener
         network.requires_grad_(False).eval()
         answers = None
@@ -107,8 +123,9 @@ class Stages:
         with self.stage("compare", "Compare the networks") as todo:
             if todo:
                 _finish.compare(
-                    network, teachers, run, data=data, config=config, listener=listener, student_answers=answers
-                )
+                    network, teachers, run, data=data, config=config, listener=listener, student_answers=answers,
+                    baseline=baseline,
+                )  # fmt: skip
         for name in config.export.formats:
             with self.stage(name, f"Export to {name.upper()}") as todo:
                 if todo:
@@ -121,17 +138,56 @@ class Stages:
         metrics = {name: value for name, value in run.status["metrics"].items() if value is not None}
         return RunResult(run.path, metrics, _finish.saved_rows(run), _finish.files_of(run))
 
-    def _export(self, data: DataSet) -> None:
-        from visionkd.workflows.export import export_network, package_metrics
+    def finish_pretrained(
+        self, network: Network, *, data: DataSet, origin: Mapping[str, Any], losses: Mapping[str, float]
+    ) -> RunResult:
+        """Package and report an encoder that has no classifier yet."""
+        run, config, listener = self.run, self.config, self.listener
+        network.requires_grad_(False).eval()
+        with self.stage("package", "Package the encoder") as todo:
+            if todo:
+                described = {
+                    **origin,
+                    "data": data.name,
+                    "data_fingerprint": data.fingerprint,
+                    "visionkd": visionkd.__version__,
+                }
+                _finish.package_encoder(network, run, data=data, origin=described, losses=losses)
+            else:
+                network = load_network(str(run.model))
+        with self.stage("compare", "Measure the encoder") as todo:
+            if todo:
+                _finish.measure_encoder(network, run)
+        listener.message(f"The encoder has no classifier yet: visionkd train --init {run.path} --data DATA fits one")
+        if config.report.enabled:
+            with self.stage("report", "Write the report"):
+                from visionkd.workflows.report import report
 
-        export_network(
-            load_network(str(self.run.model)),
-            self.run.path / "export" / "model.onnx",
-            source=data.splits["val"],
-            verify_images=self.config.export.verify_images,
-            metrics=package_metrics(self.run.model),
-            listener=self.listener,
-        )
+                report(run=str(run.path), listener=listener)
+        metrics = {name: value for name, value in run.status["metrics"].items() if value is not None}
+        return RunResult(run.path, metrics, _finish.saved_rows(run), _finish.files_of(run))
+
+    def _export(self, data: DataSet) -> None:
+        from visionkd.export.gate import Refused
+        from visionkd.export.int8_graph import is_int8
+        from visionkd.workflows._export_int8 import export_int8
+        from visionkd.workflows._export_onnx import export_network, package_metrics
+
+        network, folder = load_network(str(self.run.model)), self.run.path / "export"
+        settings: dict[str, Any] = {
+            "source": data.splits["val"],
+            "verify_images": self.config.export.verify_images,
+            "metrics": package_metrics(self.run.model),
+            "listener": self.listener,
+        }
+        if is_int8(network):
+            calibration = data.splits.get("train")
+            try:
+                export_int8(network, folder / "model.int8.onnx", target="cpu", calibration=calibration, **settings)
+            except Refused as refusal:  # the run has its model and its report; what was refused is said, and not left
+                self.listener.message(str(refusal), level="warning")
+        else:
+            export_network(network, folder / "model.onnx", **settings)
 
 
 def write_environment(run: RunDirectory, command: str) -> None:

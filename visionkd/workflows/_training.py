@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
@@ -127,6 +127,7 @@ def fit(
     epochs: int | None = None,
     views: LabelStoreConfig | None = None,
     labels: Labels | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> DistillationModule:
     """Train until the budget is spent, from the last checkpoint where there is one.
 
@@ -140,6 +141,7 @@ def fit(
         epochs: Epochs, where they are not those of the configuration.
         views: Which views to take, where not every epoch draws new ones.
         labels: An open store that stands for the teachers.
+        callbacks: Further ones.
 
     Raises:
         InterruptedRunError: On Ctrl-C or SIGTERM, after a checkpoint was written.
@@ -160,7 +162,7 @@ def fit(
         last_checkpoint=checkpoints.last_path,
     )
     with _quiet_lightning():
-        trainer = _trainer(config, run, epochs=epochs, callbacks=[metrics, checkpoints], stage=stage)
+        trainer = _trainer(config, run, epochs=epochs, callbacks=[*callbacks, metrics, checkpoints], stage=stage)
         loaders = _loaders(trainer, data=data, config=config, student=student, img_size=img_size, views=views)
         if labels is not None:
             trainer.callbacks.append(FillLabels(labels, loaders[0], listener))

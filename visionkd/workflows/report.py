@@ -64,40 +64,37 @@ def report(
     check_writable(file)
     config_text = (path / "config.yaml").read_text(encoding="utf-8")
     config = yaml.safe_load(config_text)
-    evaluations = Evaluations.load(path / "evaluation.npz")
+    # an encoder that was pre-trained answers nothing yet
+    evaluations = Evaluations.load(path / "evaluation.npz") if comparison["rows"][0]["role"] != "encoder" else None
     environment = _read_json(path / "environment.json") or {}
     rows = comparison["rows"]
     exports = tuple(ExportRow(**_known(ExportRow, row)) for row in _read_json(path / "export" / "export.json") or ())
     exported_latency = _read_json(path / "export" / "latency.json") or {}
     about = "agreement with the teacher, not accuracy" if comparison.get("note") else ""
     student = _model_row(rows[0], note=about, latency_ms=exported_latency)
-    baseline_rows, baseline_probs = _of_role(rows, "baseline"), evaluations.probs.get("baseline")
-    if baseline is not None:
+    baseline_rows, baseline_probs = _of_role(rows, "baseline"), evaluations and evaluations.probs.get("baseline")
+    if baseline is not None and evaluations is not None:
         baseline_rows, baseline_probs = _baseline(baseline, evaluations)
     baseline = baseline or config["report"]["baseline"]
     card = _read_json(path / "model" / "model.json") or {}
     data = ReportData(
-        title=f"{student.name}: {config.get('method', 'supervised training')}",
+        title=f"{student.name}: {_title(config)}",
         run=path.resolve().name,
         created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         student=student,
         teachers=tuple(_model_row(row, note=about) for row in _of_role(rows, "teacher")),
-        baseline=_model_row(baseline_rows[0], note="trained alone") if baseline_rows else None,
+        baseline=_model_row(baseline_rows[0], note="in float" if _of_quantize(config) else "trained alone")
+        if baseline_rows
+        else None,
         command=environment.get("command", ""),
         data=str(card.get("origin", {}).get("data", config["data"]["path"])),
-        method=config.get("method", ""),
+        method="" if _of_quantize(config) and not config["train"] else config.get("method", ""),
         options=config.get("options", {}),
         curves=_curves(path),
         baseline_curves=_curves(Path(baseline)) if baseline is not None else None,
         classes=tuple(card.get("classes") or ()),
-        evaluation=Evaluation(
-            evaluations.targets,
-            evaluations.probs["student"],
-            evaluations.probs.get("teacher"),
-            baseline_probs,
-            evaluations.names,
-        ),
-        thumbnail=_thumbnails(path, evaluations, listener, card.get("classes") or ()),
+        evaluation=evaluations and _evaluation(evaluations, baseline_probs),
+        thumbnail=evaluations and _thumbnails(path, evaluations, listener, card.get("classes") or ()),
         environment=environment,
         config=config_text,
         messages=tuple((level, text) for level, text in status.get("messages", ())),
@@ -105,9 +102,32 @@ def report(
         exports=exports,
         augmentation=path / "augmentations" if (path / "augmentations").is_dir() else None,
         note=comparison.get("note", ""),
+        pretrained=evaluations is None,
+        reconstructions=path / "reconstructions.png" if (path / "reconstructions.png").is_file() else None,
     )
     write_text(file, render_report(data))
     return ReportResult(file)
+
+
+def _of_quantize(config: Mapping[str, Any]) -> bool:
+    return "int8" in config and "model" in config
+
+
+def _title(config: Mapping[str, Any]) -> str:
+    if _of_quantize(config):
+        return "INT8" + (" training" if config["train"] else "")
+    titles = {"mae": "masked autoencoder", "linear_probe": "linear probe"}
+    return str(config.get("method") or titles.get(config.get("objective", ""), "supervised training"))
+
+
+def _evaluation(evaluations: Evaluations, baseline_probs: Any) -> Evaluation:
+    return Evaluation(
+        evaluations.targets,
+        evaluations.probs["student"],
+        evaluations.probs.get("teacher"),
+        baseline_probs,
+        evaluations.names,
+    )
 
 
 def _model_row(row: Mapping[str, Any], *, note: str, latency_ms: Mapping[str, float] | None = None) -> ModelRow:

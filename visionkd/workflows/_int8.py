@@ -1,0 +1,167 @@
+"""INT8 inside of a run: calibrate a network, and train it with its quantisers on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
+
+from visionkd.config.int8 import Int8Config
+from visionkd.data.subset import stratified_subset
+from visionkd.methods._base import DistillationModule
+from visionkd.methods._optimizer import Budget
+from visionkd.models.network import Network
+from visionkd.quantization.bias_correction import correct_bias
+from visionkd.quantization.calibration import USUAL_IMAGES, calibrate
+from visionkd.quantization.equalization import equalize, find_chains
+from visionkd.quantization.insert import (
+    Int8Scheme,
+    activation_quantizers,
+    float_layers,
+    freeze,
+    int8_layers,
+    quantize_network,
+    unfreeze,
+)
+from visionkd.types import Listener, Progress, Source
+from visionkd.workflows._networks import image_batches
+from visionkd.workflows._training import fit
+
+#: Learning rate of a training with quantisers on, as a share of the one that the weights were trained with.
+LR_RATIO = 0.01
+_BATCH = 32
+_FEW_IMAGES = 128
+_SHOWN = 5
+
+
+def scheme_of(config: Int8Config) -> Int8Scheme:
+    """Return the part of the settings that belongs to the network."""
+    return Int8Scheme(
+        calibration=config.calibration,
+        percentile=config.percentile,
+        attention=config.attention,
+        gates=config.gates,
+        residual=config.residual,
+        skip=config.skip,
+        learned_scales=config.learned_scales,
+    )
+
+
+def quantize_student(
+    network: Network,
+    source: Source,
+    config: Int8Config,
+    *,
+    device: torch.device,
+    workers: int = 0,
+    seed: int = 0,
+    listener: Listener | None = None,
+) -> Network:
+    """Return a calibrated INT8 copy of ``network``, in eval mode: post-training quantisation.
+
+    Args:
+        network: Trained, in float.
+        source: Images to find ranges on; labels are not looked at but to spread the choice over the classes.
+        config: Settings.
+        device: Where to run.
+        workers: Loader processes.
+        seed: Chooses the images.
+        listener: Is told what happens.
+
+    Raises:
+        WorkError: If the network cannot be quantised.
+        DataError: If the images give no usable ranges.
+    """
+    listener = listener or Listener()
+    chosen = stratified_subset(source, config.images, seed=seed)
+    quantized = quantize_network(network.to(device), scheme=scheme_of(config)).eval()
+
+    def batches() -> Iterator[Tensor]:
+        done = 0
+        for image, _ in image_batches(chosen, network, batch_size=_BATCH, workers=workers):
+            yield image
+            done += len(image)
+            listener.progress(Progress("calibrate", done, len(chosen)))
+
+    equalized = equalize(quantized, batches()) if config.equalize and find_chains(quantized) else {}
+    found = calibrate(quantized, batches())
+    if found.images < _FEW_IMAGES:
+        listener.message(
+            f"Ranges come from {found.images} images; {USUAL_IMAGES} are usual (-o int8.images=N)", level="warning"
+        )
+    if config.correct_bias:
+        correct_bias(quantized, batches())
+    for text in _said(quantized, found.images, config, len(equalized)):
+        listener.message(text)
+    return quantized
+
+
+def _said(network: Network, images: int, config: Int8Config, equalized: int) -> Iterator[str]:
+    layers, rest = len(int8_layers(network)), float_layers(network)
+    text = f"INT8: {layers} layers and {len(activation_quantizers(network))} activations, ranges by"
+    text += f" '{config.calibration}' from {images} images"
+    yield text + (f"; {equalized} pairs of layers equalised" if equalized else "")
+    if rest:
+        names = ", ".join(f"{name} ({reason})" for name, reason in list(rest.items())[:_SHOWN])
+        yield f"In float stay {len(rest)} layers: {names}" + (", ..." if len(rest) > _SHOWN else "")
+
+
+class FreezeInt8(Callback):
+    """Fixes batch norms and the ranges of weights for the last share of a training.
+
+    Args:
+        share: Of the training's steps.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share, self.frozen = share, False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"frozen": self.frozen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.frozen = state_dict["frozen"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
+        for network in _networks(pl_module):
+            unfreeze(network)
+            if self.frozen:  # resumed: ranges are those of the checkpoint
+                for layer in int8_layers(network).values():
+                    layer.weight_quantizer.frozen = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: DistillationModule, batch: Any, batch_idx: int) -> None:
+        steps = int(trainer.num_training_batches)
+        total = steps * int(trainer.max_epochs or 1)
+        if not self.frozen and trainer.current_epoch * steps + batch_idx >= math.floor(total * (1.0 - self.share)):
+            for network in _networks(pl_module):
+                freeze(network)
+            self.frozen = True
+        if self.frozen:
+            for module in pl_module.student.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
+
+def _networks(module: DistillationModule) -> tuple[Network, ...]:
+    return (module.student,) if module.ema is None else (module.student, module.ema.module)
+
+
+def fit_int8(
+    build: Callable[[Budget], DistillationModule], *, student: Network, int8: Int8Config, **settings: Any
+) -> Network:
+    """Train a quantised network and return it with all scales fixed: quantisation-aware training.
+
+    Args:
+        build: Makes the module, of any method that looks at logits alone, for a budget.
+        student: The quantised network that trains.
+        int8: Settings.
+        settings: Further arguments of :func:`visionkd.workflows._training.fit`.
+    """
+    module = fit(build, student=student, callbacks=[FreezeInt8(int8.frozen_share)], **settings)
+    network = module.deployed_student
+    freeze(network)
+    return network
