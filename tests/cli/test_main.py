@@ -11,7 +11,10 @@ import visionkd
 from visionkd.cli._base import short_help
 from visionkd.cli.main import cli
 
-COMMANDS = ["bench", "configs", "data", "distill", "doctor", "eval", "export", "predict", "report", "search", "train"]
+COMMANDS = [
+    "bench", "configs", "data", "distill", "doctor", "eval", "export", "predict", "quantize", "report", "search",
+    "train",
+]  # fmt: skip
 
 
 def load(name: str) -> click.Command:

@@ -9,6 +9,8 @@ import click
 import pytest
 
 from visionkd.cli.main import cli
+from visionkd.config.int8 import Int8Config
+from visionkd.config.quantize import QuantizeConfig
 from visionkd.config.schema import ComputeConfig, DistillConfig, FitTeacherConfig, RunConfig, TrainingConfig
 from visionkd.config.search import SearchConfig
 
@@ -48,6 +50,31 @@ def test_an_option_agrees_with_its_key(command: str, spelling: str) -> None:
         assert list(option.type.choices) == list(get_args(field.annotation))
 
 
+QUANTIZE = {
+    "--calibration": (Int8Config, "calibration"),
+    "--images": (Int8Config, "images"),
+    "--bits": (QuantizeConfig, "bits"),
+    "--batch-size": (TrainingConfig, "batch_size"),
+    "--seed": (TrainingConfig, "seed"),
+    "--precision": (TrainingConfig, "precision"),
+}
+
+
+@pytest.mark.parametrize("spelling", QUANTIZE)
+def test_an_option_of_quantize_agrees_with_its_key(spelling: str) -> None:
+    option, (section, key) = options("quantize")[spelling], QUANTIZE[spelling]
+    field = section.model_fields[key]
+    assert option.stated_default == str(field.default)
+    if isinstance(option.type, click.Choice):
+        assert list(option.type.choices) == list(get_args(field.annotation))
+
+
+def test_the_schemes_of_quantize_are_those_of_the_workflow() -> None:
+    from visionkd.workflows.quantize import SCHEMES
+
+    assert list(options("quantize")["--scheme"].type.choices) == list(SCHEMES)
+
+
 SEARCH = ("score", "evaluations", "strategy", "population", "tournament", "seed", "init", "batch_size")
 
 
@@ -72,6 +99,7 @@ def test_spaces_and_scores_of_search_are_named() -> None:
 
 
 def test_formats_of_export_are_named() -> None:
-    formats = options("export")["--format"].type.choices
+    formats = get_args(get_args(RunConfig.model_fields["export"].annotation.model_fields["formats"].annotation)[0])
+    assert set(formats) <= set(options("export")["--format"].type.choices)
     for name in formats:
         assert name in options("distill")["--export"].help

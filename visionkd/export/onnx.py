@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import visionkd
 from visionkd.benchmark.complexity import measure_complexity
 from visionkd.errors import Problem, RequestError, VisionKDError, WorkError
+from visionkd.export.int8_graph import is_int8, signed_form
 from visionkd.files import replacing
 from visionkd.models.factory import Network
 from visionkd.models.weights import weights_sha256
@@ -68,11 +69,14 @@ def export_onnx(
     metrics: Mapping[str, float],
     opset: int | None = None,
     check: Callable[[Path], Any] | None = None,
+    rewrite: Callable[[Any], Any] | None = None,
+    extra_metadata: Mapping[str, str] | None = None,
 ) -> OnnxExport:
     """Write ``network`` as one ONNX file.
 
     Its input is ``image``, float32 N x 3 x H x W in [0, 1] with the network's own H and W, its output ``logits``,
-    N x C; N is free. Normalisation is part of the graph. The network itself is left as it is.
+    N x C; N is free. Normalisation is part of the graph. The network itself is left as it is. A network quantised to
+    INT8 becomes a signed Q/DQ graph, for ``qdq.to_target`` to rewrite.
 
     Args:
         network: What to export.
@@ -82,6 +86,8 @@ def export_onnx(
         metrics: Measured values by name.
         opset: Operator set; None takes the exporter's own choice.
         check: Called with the finished file before it gets its name; if it raises, no file is left.
+        rewrite: Changes the graph, an ``onnx_ir.Model``, before it is written.
+        extra_metadata: Further key-value pairs.
 
     Raises:
         RequestError: If the exporter does not write ``opset``.
@@ -91,7 +97,7 @@ def export_onnx(
     classes = network.classes if classes is None else tuple(classes)
     if classes is not None and len(classes) != network.num_classes:
         raise ValueError(f"{len(classes)} class names for {network.num_classes} outputs")
-    copied = portable(network)
+    copied = signed_form(network) if is_int8(network) else portable(network)
     size = sum(value.numel() * value.element_size() for value in copied.state_dict().values())
     if size > _SINGLE_FILE_BYTES:
         raise WorkError(
@@ -108,6 +114,7 @@ def export_onnx(
         "metrics": json.dumps(dict(metrics)),
         "weights_sha256": weights_sha256(network.net),
         "complexity": json.dumps(asdict(measure_complexity(network))),
+        **(extra_metadata or {}),
     }
     program = _export(copied, network.architecture, opset)
     version = program.model.opset_imports[""]
@@ -123,6 +130,8 @@ def export_onnx(
         node.metadata_props.clear()  # stack traces with the paths of this machine, a fifth of a small file
     program.model.metadata_props.update(metadata)
     program.model.producer_name, program.model.producer_version = "visionkd", visionkd.__version__
+    if rewrite is not None:
+        rewrite(program.model)
     with replacing(path) as temporary:
         with _silence():
             program.save(temporary, external_data=False)

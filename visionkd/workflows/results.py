@@ -60,7 +60,11 @@ class PredictResult:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """An exported file and how it was checked: largest difference of a logit, and top-1 in percent before and after."""
+    """An exported file and how it was checked: largest difference of a logit, and top-1 in percent before and after.
+
+    Of an INT8 file also the float network's top-1, how many times faster than it the file is on this machine, and the
+    layers that the gate left in float.
+    """
 
     file: Path
     size_mb: float
@@ -68,6 +72,53 @@ class ExportResult:
     top1_torch: float | None
     top1_exported: float | None
     num_verify_images: int
+    top1_float: float | None = None
+    speedup: float | None = None
+    left_float: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class EngineResult:
+    """A TensorRT engine.
+
+    Attributes:
+        file: The engine file.
+        size_mb: Its size in 10^6 bytes.
+        library: What built it, with its version.
+        device: GPU that it is for.
+        precision: Number formats that it computes in.
+        batch: Smallest, best and largest batch.
+        layers: Layers in all; None where no GPU was there to ask the engine.
+        int8_layers: Those that compute in INT8.
+        reformat_layers: Those that only change formats.
+        max_abs_diff: Largest difference of a logit from ONNX Runtime; None where it was not compared.
+        top1_onnx: Accuracy of the ONNX file in percent.
+        top1_engine: Accuracy of the engine in percent.
+        num_verify_images: Images compared on.
+    """
+
+    file: Path
+    size_mb: float
+    library: str
+    device: str
+    precision: str
+    batch: str
+    layers: int | None
+    int8_layers: int | None
+    reformat_layers: int | None
+    max_abs_diff: float | None
+    top1_onnx: float | None
+    top1_engine: float | None
+    num_verify_images: int
+
+
+@dataclass(frozen=True)
+class BundleResult:
+    """A directory that travels to a device: its files, and its size in 10^6 bytes."""
+
+    directory: Path
+    files: tuple[str, ...]
+    size_mb: float
 
 
 @dataclass(frozen=True)
