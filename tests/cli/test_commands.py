@@ -99,7 +99,7 @@ DISTILL = (
     "distill --teacher vit_l,vit_b --teacher a --student resnet50 --data d --method kd --task classification "
     "--config c -o a.b=1 -o c=x=y --epochs 3 --batch-size 8 --lr 0.1 --seed 4 --fit-teacher probe "
     "--no-cache-teacher --unlabeled u --augment hard --no-pretrained "
-    "--baseline b "
+    "--baseline b --int8 "
     "--export onnx --out o --resume --overwrite --accelerator cpu --devices 2 --nodes 3 --strategy ddp --precision bf16"
 )
 SHARED = dict(
@@ -137,6 +137,7 @@ REQUESTS = [
             "unlabeled": "u",
             "augment": "hard",
             "baseline": "b",
+            "int8": True,
         },
     ),
     (

@@ -18,7 +18,8 @@ class Complexity:
     Attributes:
         params_m: Parameters in millions.
         macs_g: Multiply-accumulates for one image in 10^9: of convolutions, linear layers and attention.
-        size_mb: Weights and saved buffers in 10^6 bytes, packed where a package holds them so.
+        size_mb: Weights and saved buffers in 10^6 bytes, packed where a package holds them so, and with one byte for
+            each weight that computes in INT8.
     """
 
     params_m: float
@@ -37,6 +38,8 @@ def measure_complexity(network: Network, *, img_size: tuple[int, int] | None = N
     params = sum(parameter.numel() for parameter in net.parameters())
     stored = net.state_dict() if network.packed is None else network.packed
     size = sum(value.numel() * value.element_size() for value in stored.values())
+    int8 = [module.weight for module in net.modules() if hasattr(module, "weight_quantizer")]
+    size -= sum(weight.numel() * (weight.element_size() - 1) for weight in int8)
     return Complexity(params / 1e6, _macs(network, img_size or network.input.img_size) / 1e9, size / 1e6)
 
 

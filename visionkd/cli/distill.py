@@ -7,6 +7,7 @@ The run directory holds the student as a package, its metrics, checkpoints and a
 Examples:
   visionkd distill --teacher vit_l --student resnet50 --data path/to/images
   visionkd distill --teacher runs/teacher --student resnet18 --data images.tar --export onnx --out runs/student
+  visionkd distill --teacher runs/teacher --student resnet18 --data images.tar --int8 --out runs/student
   visionkd distill --config runs/student/config.yaml --out runs/again
   visionkd distill --resume --out runs/student
 """
@@ -45,6 +46,13 @@ from visionkd.cli._base import comma_list, new_command, option
 )
 @option("--unlabeled", metavar="DIR", help="Images without labels to train on too, for methods that use none.")
 @option("--augment", type=click.Choice(["hard"]), help="Train an augmentor that looks for what the student gets wrong.")
+@option(
+    "--int8/--no-int8",
+    "int8",
+    default=None,
+    stated_default="no",
+    help="Bring the student to INT8 with the teacher, and export it for ONNX Runtime and TensorRT.",
+)
 @_options.pretrained
 @option("--baseline", metavar="RUN", help="Run of the same student trained alone, to compare with in the report.")
 @_options.destination

@@ -1,14 +1,18 @@
-"""Train one network on labels alone: a teacher or a baseline.
+"""Train one network without a teacher: on labels, or as a masked autoencoder that needs none.
 
 \b
 Examples:
   visionkd train --model resnet50 --data path/to/images --out runs/teacher
   visionkd train --model cifar_resnet20 --no-pretrained --data cifar10 --epochs 15 --precision bf16
+  visionkd train --objective mae --model vit_small_patch16_224 --no-pretrained --data path/to/images --out runs/mae
+  visionkd train --init runs/mae --data path/to/images -o optimizer.layer_decay=0.75
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+import click
 
 from visionkd.cli import _options, console
 from visionkd.cli._base import new_command, option
@@ -16,6 +20,14 @@ from visionkd.cli._base import new_command, option
 
 @new_command(__doc__)
 @option("--model", metavar="NAME", help="Network to train: timm or torchvision name, alias, run, package, ARCH@FILE.")
+@option(
+    "--objective",
+    type=click.Choice(["supervised", "mae", "linear_probe"]),
+    stated_default="supervised",
+    help="What to learn: labels, removed patches of images, or only a classifier on features that stay.",
+)
+@option("--init", metavar="MODEL", help="Begin with the weights of a run or package, apart from its classifier.")
+@option("--linear-probe", is_flag=True, help="The same as --objective linear_probe.")
 @_options.data
 @_options.task
 @_options.config

@@ -37,3 +37,24 @@ class Int8Config(BaseModel):
     skip: tuple[str, ...] = ()
     learned_scales: bool = False
     frozen_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.25
+
+
+class Int8RunConfig(Int8Config):
+    """INT8 at the end of a distillation: calibrate, train on with the teacher, export, and compare with float.
+
+    Attributes:
+        enabled: Bring the distilled student to INT8 (``--int8``).
+        epochs: Passes over the training set with the quantisers on; null takes a tenth of the training's, 0 calibrates
+            only.
+        lr_ratio: Learning rate of that training as a share of the one before it.
+        targets: Whom to export for: ``cpu`` (ONNX Runtime), ``tensorrt``.
+        max_drop: Largest loss of top-1 against the float student, in points; layers stay in float to keep it.
+        min_speedup: Least speed-up against the float student in ONNX Runtime, of target ``cpu``.
+    """
+
+    enabled: bool = False
+    epochs: Annotated[int, Field(ge=0)] | None = None
+    lr_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
+    targets: tuple[Literal["cpu", "tensorrt"], ...] = ("cpu", "tensorrt")
+    max_drop: Annotated[float, Field(ge=0.0)] = 1.0
+    min_speedup: Annotated[float, Field(ge=0.0)] = 1.0

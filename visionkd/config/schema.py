@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from visionkd.config.int8 import Int8RunConfig
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -207,6 +209,8 @@ class OptimizerConfig(Strict):
     Attributes:
         lr: Peak learning rate for the whole batch; None scales the optimiser's usual rate for 256
             images: linearly with the batch for SGD, by the square root for AdamW.
+        layer_decay: Share of its rate that each layer of the network gives to the one before it; None trains all of
+            them at the same rate.
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
@@ -216,6 +220,7 @@ class OptimizerConfig(Strict):
     momentum: Fraction = 0.9
     nesterov: bool = True
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
 
 
 class ScheduleConfig(Strict):
@@ -364,9 +369,19 @@ class RunConfig(Strict):
 
 
 class TrainConfig(RunConfig):
-    """Supervised training of one network."""
+    """Training of one network without a teacher.
+
+    Attributes:
+        objective: ``supervised`` learns the labels, ``mae`` pre-trains a vision transformer as a masked autoencoder and
+            needs none, ``linear_probe`` fits a classifier on features that stay what they are.
+        init: MODEL whose weights the network begins with, apart from its classifier.
+        options: The objective's own options; those of ``mae`` are in :mod:`visionkd.methods._mae`.
+    """
 
     model: NetworkConfig
+    objective: Literal["supervised", "mae", "linear_probe"] = "supervised"
+    init: str | None = None
+    options: dict[str, Any] = {}
 
 
 class DistillConfig(RunConfig):
@@ -376,6 +391,7 @@ class DistillConfig(RunConfig):
         method: File name in ``visionkd/methods``, or ``auto``.
         options: The method's own options, checked against its frozen dataclass.
         losses: Methods whose terms are added up, with weights, in place of one method; ``task_loss`` weighs the labels.
+        int8: What becomes of the student behind its training, for devices that compute in INT8.
     """
 
     student: NetworkConfig
@@ -385,3 +401,4 @@ class DistillConfig(RunConfig):
     losses: dict[str, LossConfig] = {}
     fit_teacher: FitTeacherConfig = FitTeacherConfig()
     label_store: LabelStoreConfig = LabelStoreConfig()
+    int8: Int8RunConfig = Int8RunConfig()

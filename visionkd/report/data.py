@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -55,6 +55,9 @@ class ExportRow:
         top1_torch: Percent, on the images both ran on.
         top1_exported: Percent, on the same images.
         num_verify_images: How many these were.
+        top1_float: Percent of the float network, beside an INT8 file.
+        speedup: How many times as fast as the float network the INT8 file is, where it was timed.
+        left_float: Layers that the gate left in float to keep the accuracy.
     """
 
     file: str
@@ -64,6 +67,9 @@ class ExportRow:
     top1_torch: float | None = None
     top1_exported: float | None = None
     num_verify_images: int | None = None
+    top1_float: float | None = None
+    speedup: float | None = None
+    left_float: Sequence[str] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +192,7 @@ class ReportData:
         created: When the run was made, ready to print.
         student: The trained network; in a supervised run the only one.
         teachers: One or several; empty in a supervised run.
-        baseline: The same student trained alone.
+        baseline: The same student trained alone, or in float beside an INT8 student.
         command: The command line that made the run.
         data: Name of the data set.
         split: Name of the evaluated split.

@@ -31,6 +31,8 @@ from visionkd.workflows._int8 import quantize_student
 from visionkd.workflows._networks import image_batches
 from visionkd.workflows.results import ExportResult
 
+#: Names of INT8 files by target.
+INT8_FILES = {"cpu": "model.int8.onnx", "tensorrt": "model.int8.tensorrt.onnx"}
 _ROUNDS = 10
 _RANGE_IMAGES = 128
 _SENSITIVITY_IMAGES = 32
@@ -50,6 +52,7 @@ def export_int8(
     max_drop: float = gate.MAX_DROP,
     min_speedup: float = gate.MIN_SPEEDUP,
     int8: Int8Config | None = None,
+    reference: Network | None = None,
     metrics: Mapping[str, float] | None = None,
     listener: Listener,
 ) -> ExportResult:
@@ -67,6 +70,7 @@ def export_int8(
         max_drop: Largest loss of top-1 against the float twin, in points.
         min_speedup: Least speed-up against the float twin; ``cpu`` alone is timed.
         int8: Settings of the quantisation.
+        reference: Float network that the loss of accuracy is against; None takes ``network`` without its quantisers.
         metrics: Measured values to write into the file.
         listener: Is told what happens.
 
@@ -87,10 +91,13 @@ def export_int8(
     if targets is not None and columns is not None:
         targets = torch.as_tensor(columns)[targets]
     expected, labels = gate.logits_of(plain, images), None if targets is None else targets.numpy()
-    top1_float = None if labels is None else top_k_accuracy(expected.numpy(), labels, 1)
-    if top1_float is None:
+    top1_float = None
+    if labels is not None:
+        against = expected if reference is None else gate.logits_of(portable(reference), images)
+        top1_float = top_k_accuracy(against.numpy(), labels, 1)
+    else:
         listener.message("Without labels the loss of accuracy is not known, and --max-drop not looked at", "warning")
-    quantized, left_float, ranked = _accurate(quantized, images, expected, labels, max_drop, listener)
+    quantized, left_float, ranked = _accurate(quantized, images, expected, labels, top1_float, max_drop, listener)
     own_error = rms_difference(gate.logits_of(quantized, images).numpy(), expected.numpy())
     found: list[Verification] = []
     times: list[tuple[float, float]] = []
@@ -174,13 +181,13 @@ def _accurate(
     images: torch.Tensor,
     expected: torch.Tensor,
     labels: np.ndarray | None,
+    top1: float | None,
     max_drop: float,
     listener: Listener,
 ) -> tuple[Network, tuple[str, ...], tuple[gate.LayerSensitivity, ...]]:
     """Return the network, repaired if it loses too much; the layers left in float for that; and what was measured."""
-    if labels is None:
+    if labels is None or top1 is None:
         return quantized, (), ()
-    top1 = top_k_accuracy(expected.numpy(), labels, 1)
 
     def drop_of(candidate: Network) -> float:
         return top1 - top_k_accuracy(gate.logits_of(candidate, images).numpy(), labels, 1)

@@ -16,13 +16,12 @@ from visionkd.files import check_writable
 from visionkd.models.classes import names_or_numbers
 from visionkd.models.network import Network
 from visionkd.types import DataSet, Listener, Source
-from visionkd.workflows._export_int8 import export_int8
+from visionkd.workflows._export_int8 import INT8_FILES, export_int8
 from visionkd.workflows._export_onnx import export_network
 from visionkd.workflows._networks import load_network
 from visionkd.workflows.evaluate import choose_split, data_config, match_classes, run_of
 from visionkd.workflows.results import ExportResult
 
-_INT8_FILES = {"cpu": "model.int8.onnx", "tensorrt": "model.int8.tensorrt.onnx"}
 #: Of data without a training split, every so-manieth image is calibrated on, and the others are measured.
 _CALIBRATE_EVERY = 5
 
@@ -49,7 +48,7 @@ def export_model(
     if not int8 and (given := _named(target, max_drop, min_speedup)):
         raise RequestError([Problem(name, "is for INT8 only", "Give --int8.") for name in given])
     chosen = target or "cpu"
-    name = _INT8_FILES[chosen] if int8 else "model.onnx"
+    name = INT8_FILES[chosen] if int8 else "model.onnx"
     if out is not None:
         path = Path(out) / name if Path(out).is_dir() else Path(out)
     elif run is not None:

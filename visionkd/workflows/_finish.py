@@ -193,6 +193,7 @@ def files_of(run: RunDirectory) -> dict[str, Path]:
         "model": run.model,
         "onnx": export / "model.onnx",
         "int8": export / "model.int8.onnx",
+        "int8_tensorrt": export / "model.int8.tensorrt.onnx",
         "report": run.path / "report.html",
     }
     return {name: path for name, path in candidates.items() if path.exists()}

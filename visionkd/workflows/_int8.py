@@ -11,7 +11,9 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from visionkd.config.int8 import Int8Config
+from visionkd.config.schema import RunConfig
 from visionkd.data.subset import stratified_subset
+from visionkd.hub.package import save_package
 from visionkd.methods._base import DistillationModule
 from visionkd.methods._optimizer import Budget
 from visionkd.models.network import Network
@@ -27,9 +29,11 @@ from visionkd.quantization.insert import (
     quantize_network,
     unfreeze,
 )
-from visionkd.types import Listener, Progress, Source
-from visionkd.workflows._networks import image_batches
-from visionkd.workflows._training import fit
+from visionkd.types import DataSet, Listener, Progress, Source
+from visionkd.workflows._networks import image_batches, load_network
+from visionkd.workflows._rundir import RunDirectory
+from visionkd.workflows._stages import Stages
+from visionkd.workflows._training import fit, torch_device
 
 #: Learning rate of a training with quantisers on, as a share of the one that the weights were trained with.
 LR_RATIO = 0.01
@@ -108,6 +112,40 @@ def _said(network: Network, images: int, config: Int8Config, equalized: int) -> 
     if rest:
         names = ", ".join(f"{name} ({reason})" for name, reason in list(rest.items())[:_SHOWN])
         yield f"In float stay {len(rest)} layers: {names}" + (", ..." if len(rest) > _SHOWN else "")
+
+
+def calibrate_once(
+    network: Network,
+    int8: Int8Config,
+    *,
+    data: DataSet,
+    config: RunConfig,
+    run: RunDirectory,
+    listener: Listener,
+    stages: Stages,
+) -> Network:
+    """Find all ranges in a stage of a run, which is resumed with those that were found, and return the INT8 network.
+
+    Args:
+        network: In float; one that is quantised already is taken as it is.
+        int8: Settings of the quantisation.
+        data: Its training split gives the images.
+        config: Settings of the run.
+        run: The run.
+        listener: Is told what happens.
+        stages: Of the run; one of them is called ``calibrate``.
+    """
+    kept = run.path / "stages" / "calibrated"
+    with stages.stage("calibrate", f"Find the ranges of {network.architecture}") as todo:
+        if todo and run.writes:
+            if network.quantization is None:
+                network = quantize_student(
+                    network, data.splits["train"], int8, device=torch_device(config.compute),
+                    workers=config.data.workers or 0, seed=config.training.seed, listener=listener,
+                )  # fmt: skip
+            save_package(network.cpu(), kept, task=data.task, classes=data.classes, metrics={}, origin={})
+    run.wait_for_path(kept)
+    return load_network(str(kept))
 
 
 class FreezeInt8(Callback):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from visionkd.benchmark.complexity import measure_complexity
-from visionkd.config.schema import DistillConfig, NetworkConfig
+from visionkd.config.schema import DistillConfig, NetworkConfig, TrainConfig
 from visionkd.data.loader import eval_loader
 from visionkd.data.subset import stratified_subset
 from visionkd.data.transforms import EvalTransform
@@ -19,6 +19,7 @@ from visionkd.errors import Problem, RequestError, WorkError
 from visionkd.files import write_bytes
 from visionkd.models.classes import align_classes
 from visionkd.models.factory import create_network
+from visionkd.models.initial import network_from
 from visionkd.models.network import Network
 from visionkd.teachers.fit import cache_features, fit_probe
 from visionkd.teachers.preflight import Preflight, preflight
@@ -31,7 +32,15 @@ _PREFLIGHT_IMAGES = 256
 _PREFLIGHT_S = 10.0
 
 
-def seeded_network(config: NetworkConfig, *, data: DataSet | None, seed: int, role: str) -> Network:
+def seeded_network(
+    config: NetworkConfig,
+    *,
+    data: DataSet | None,
+    seed: int,
+    role: str,
+    init: str | None = None,
+    classifier: bool = True,
+) -> Network:
     """Create a network whose random weights depend on the run's seed and its role alone.
 
     Args:
@@ -39,17 +48,38 @@ def seeded_network(config: NetworkConfig, *, data: DataSet | None, seed: int, ro
         data: Whose classes it gets; None keeps the network's own.
         seed: The run's seed.
         role: ``student``, ``teacher0``, ...
+        init: MODEL whose weights it begins with.
+        classifier: Whether it gets outputs for the data's classes, or none at all.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, role))
         if data is None:
             return create_network(config, in_training=False)
+        if init is not None:
+            return network_from(init, config, classes=data.classes if classifier else None)
+        if not classifier:
+            return create_network(config, num_classes=0, in_training=True)
         return create_network(config, num_classes=len(data.classes), classes=data.classes, in_training=True)
 
 
 def load_network(model: str) -> Network:
     """Load a trained MODEL as it is: a run directory, a packaged model, a published network or a weights file."""
     return create_network(NetworkConfig(name=model), in_training=False)
+
+
+def load_classifier(model: str) -> Network:
+    """Load a trained MODEL that names classes.
+
+    Raises:
+        RequestError: If it is an encoder from pre-training, which names none.
+    """
+    network = load_network(model)
+    if network.num_classes == 0:
+        raise RequestError(
+            f"'{model}' is an encoder without a classifier: it names no classes yet",
+            hint=f"Fit one: visionkd train --init {model} --data DATA (--linear-probe leaves the encoder as it is)",
+        )
+    return network
 
 
 def load_for_bench(model: str, *, img_size: int | None = None) -> Network:
@@ -186,6 +216,34 @@ def probe_teacher(
         write_bytes(file, save({"weight": probe.weight, "bias": probe.bias}))
     probe_tensors = load_file(file)
     teacher.set_classifier(probe_tensors["weight"], probe_tensors["bias"], data.classes)
+
+
+def probe_classifier(network: Network, data: DataSet, config: TrainConfig, listener: Listener) -> Network:
+    """Fit a linear classifier on a network's own features of the training images, each seen once and unchanged."""
+    source, done, start = data.splits["train"], 0, time.perf_counter()
+
+    def on_batch(count: int) -> None:
+        nonlocal done
+        done += count
+        rate = done / (time.perf_counter() - start)
+        listener.progress(Progress("train", done, len(source), images_per_s=rate, eta_s=(len(source) - done) / rate))
+
+    features, targets = cache_features(
+        network,
+        image_batches(source, network, batch_size=64, workers=config.data.workers or 0),
+        device=torch_device(config.compute),
+        dtype={"bf16": torch.bfloat16, "16": torch.float16}.get(config.training.precision),
+        on_batch=on_batch,
+    )
+    if not torch.isfinite(features).all():
+        raise WorkError(f"'{network.architecture}' has NaN or infinite features.", hint="Try --precision 32.")
+    probe = fit_probe(features, targets, num_classes=len(data.classes), seed=config.training.seed)
+    listener.message(
+        f"Linear probe fitted on {probe.num_images} images,"
+        f" {probe.holdout_top1:.1f} % top-1 on a held-out fifth of them"
+    )
+    network.set_classifier(probe.weight, probe.bias, data.classes)
+    return network
 
 
 def _probe_images(teacher: Network, num_classes: int, device: torch.device) -> int:

@@ -15,7 +15,6 @@ from visionkd.data.open import open_data
 from visionkd.data.subset import targets_of
 from visionkd.data.unlabeled import RelabeledSource
 from visionkd.errors import DataError, Problem, RequestError
-from visionkd.hub.package import save_package
 from visionkd.methods._base import DistillationModule
 from visionkd.methods._supervised import Supervised
 from visionkd.models.classes import align_classes, names_or_numbers
@@ -24,7 +23,7 @@ from visionkd.models.network import Network
 from visionkd.tasks.classification import ClassificationTask
 from visionkd.types import DataSet, Listener, Source
 from visionkd.workflows._evaluation import answer
-from visionkd.workflows._int8 import LR_RATIO, fit_int8, quantize_student
+from visionkd.workflows._int8 import LR_RATIO, calibrate_once, fit_int8
 from visionkd.workflows._labels import open_labels, resolve_label_store, store_key
 from visionkd.workflows._method import choose_method
 from visionkd.workflows._networks import check_fit, load_network, needs_fit, probe_teacher, seeded_network
@@ -165,7 +164,9 @@ class Quantization:
                 listener.message(text)
             if not self.labeled:
                 self.data = self._labeled_by_float(listener)
-            network = self._calibrate(run, listener, stages)
+            network = calibrate_once(
+                self.network, config.int8, data=self.data, config=config, run=run, listener=listener, stages=stages
+            )
             if self.teachers:
                 self._fit_teachers(run, listener, stages)
             if config.train:
@@ -200,21 +201,6 @@ class Quantization:
         targets[found.indices] = found.probs.argmax(1)
         relabeled: Source = RelabeledSource(source, targets)
         return replace(self.data, splits={**self.data.splits, "val": relabeled})
-
-    def _calibrate(self, run: RunDirectory, listener: Listener, stages: Stages) -> Network:
-        """Find all ranges once; a resumed run takes those that were found."""
-        kept = run.path / "stages" / "calibrated"
-        with stages.stage("calibrate", f"Find the ranges of {self.network.architecture}") as todo:
-            if todo and run.writes:
-                network = self.network
-                if network.quantization is None:
-                    network = quantize_student(
-                        network, self.data.splits["train"], self.config.int8, device=torch_device(self.config.compute),
-                        workers=self.config.data.workers or 0, seed=self.config.training.seed, listener=listener,
-                    )  # fmt: skip
-                save_package(network.cpu(), kept, task=self.data.task, classes=self.data.classes, metrics={}, origin={})
-        run.wait_for_path(Path(kept))
-        return load_network(str(kept))
 
     def _fit_teachers(self, run: RunDirectory, listener: Listener, stages: Stages) -> None:
         with stages.stage("fit_teacher", "Look at the teacher") as todo:

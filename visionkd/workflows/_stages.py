@@ -15,9 +15,11 @@ import torch
 
 import visionkd
 from visionkd.benchmark.record import processor, versions
+from visionkd.config.int8 import Int8RunConfig
 from visionkd.config.schema import NetworkConfig, RunConfig
 from visionkd.data.open import open_data
 from visionkd.errors import DataError
+from visionkd.export.gate import Refused
 from visionkd.files import write_text
 from visionkd.models.network import Network
 from visionkd.types import DataSet, Listener
@@ -80,6 +82,10 @@ def data_text(config: RunConfig, data: DataSet) -> str:
     return text
 
 
+#: Package of the student in float, in a run whose model is in INT8.
+FLOAT = "float"
+
+
 class Stages:
     """Runs each stage once, whatever happened to the process that ran it before."""
 
@@ -104,8 +110,21 @@ class Stages:
         data: DataSet,
         origin: Mapping[str, Any],
         baseline: tuple[str, Network] | None = None,
+        int8: Int8RunConfig | None = None,
     ) -> RunResult:
-        """Package, compare, export and report what was trained; ``baseline`` is compared with where none is set."""
+        """Package, compare, export and report what was trained.
+
+        Args:
+            network: The student.
+            teachers: Names and networks to compare it with.
+            data: Data of the run.
+            origin: How the network came about.
+            baseline: Is compared with too, where the configuration names none.
+            int8: Targets and limits of the export of an INT8 student.
+
+        Raises:
+            Refused: If an INT8 export does not pass the gate; everything else was made by then.
+        """
         run, config, listener = self.run, self.config, self.listener
         network.requires_grad_(False).eval()
         answers = None
@@ -126,15 +145,22 @@ class Stages:
                     network, teachers, run, data=data, config=config, listener=listener, student_answers=answers,
                     baseline=baseline,
                 )  # fmt: skip
-        for name in config.export.formats:
-            with self.stage(name, f"Export to {name.upper()}") as todo:
-                if todo:
-                    self._export(data)
+        refused: list[Refused] = []
+        for name in stages_of_export(config, int8=int8):
+            try:
+                with self.stage(name, _TITLES[name]) as todo:
+                    if todo:
+                        self._export(name, data, int8)
+            except Refused as refusal:  # the rest is made nevertheless
+                listener.message(str(refusal), level="warning")
+                refused.append(refusal)
         if config.report.enabled:
             with self.stage("report", "Write the report"):
                 from visionkd.workflows.report import report
 
                 report(run=str(run.path), listener=listener)
+        if refused:
+            raise refused[0]
         metrics = {name: value for name, value in run.status["metrics"].items() if value is not None}
         return RunResult(run.path, metrics, _finish.saved_rows(run), _finish.files_of(run))
 
@@ -167,10 +193,9 @@ class Stages:
         metrics = {name: value for name, value in run.status["metrics"].items() if value is not None}
         return RunResult(run.path, metrics, _finish.saved_rows(run), _finish.files_of(run))
 
-    def _export(self, data: DataSet) -> None:
-        from visionkd.export.gate import Refused
+    def _export(self, stage: str, data: DataSet, int8: Int8RunConfig | None) -> None:
         from visionkd.export.int8_graph import is_int8
-        from visionkd.workflows._export_int8 import export_int8
+        from visionkd.workflows._export_int8 import INT8_FILES, export_int8
         from visionkd.workflows._export_onnx import export_network, package_metrics
 
         network, folder = load_network(str(self.run.model)), self.run.path / "export"
@@ -180,14 +205,28 @@ class Stages:
             "metrics": package_metrics(self.run.model),
             "listener": self.listener,
         }
-        if is_int8(network):
-            calibration = data.splits.get("train")
-            try:
-                export_int8(network, folder / "model.int8.onnx", target="cpu", calibration=calibration, **settings)
-            except Refused as refusal:  # the run has its model and its report; what was refused is said, and not left
-                self.listener.message(str(refusal), level="warning")
-        else:
+        if not is_int8(network):
             export_network(network, folder / "model.onnx", **settings)
+            return
+        target = "tensorrt" if stage == "int8_tensorrt" else "cpu"
+        if int8 is not None:
+            settings |= {"max_drop": int8.max_drop, "min_speedup": int8.min_speedup}
+            settings["reference"] = load_network(str(self.run.path / FLOAT))
+        export_int8(
+            network, folder / INT8_FILES[target], target=target, calibration=data.splits.get("train"), **settings
+        )
+
+
+_TITLES = {
+    "onnx": "Export to ONNX",
+    "int8_cpu": "Export INT8 for ONNX Runtime",
+    "int8_tensorrt": "Export INT8 for TensorRT",
+}
+
+
+def stages_of_export(config: RunConfig, *, int8: Int8RunConfig | None) -> list[str]:
+    """Return the stages that export: one for each format, or for each target of an INT8 student."""
+    return [f"int8_{target}" for target in int8.targets] if int8 is not None else list(config.export.formats)
 
 
 def write_environment(run: RunDirectory, command: str) -> None:

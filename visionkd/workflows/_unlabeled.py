@@ -69,7 +69,9 @@ def check_unlabeled(
 
 
 def _check_teachers(config: RunConfig, data: DataSet, teachers: Sequence[Network]) -> None:
-    assert isinstance(config, DistillConfig)
+    assert isinstance(config, DistillConfig) or not teachers
+    if not teachers:  # nobody is asked what an image shows
+        return
     mode, problems = config.fit_teacher.mode, []
     if mode in ("probe", "finetune"):
         problems.append(
@@ -117,7 +119,7 @@ def prepare_unlabeled(
     """
     work = UnlabeledWork(run.path / STAGE, teachers, config, listener)
     val = data.splits["val"]
-    if not has_labels(val):
+    if not has_labels(val) and teachers:
         # an image that cannot be read is left out of every evaluation, whatever its target is
         answered = RelabeledSource(val, np.maximum(work.answers(val), 0))
         data = replace(data, splits={**data.splits, "val": answered}, note=_AGREEMENT)

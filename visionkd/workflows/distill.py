@@ -16,6 +16,7 @@ from visionkd.models.classes import names_or_numbers
 from visionkd.models.network import Network
 from visionkd.tasks.classification import ClassificationTask
 from visionkd.types import DataSet, Listener
+from visionkd.workflows._distill_int8 import Int8Tail, check_int8
 from visionkd.workflows._finetune import finetune_teacher
 from visionkd.workflows._finish import validation_loss
 from visionkd.workflows._labels import open_labels, resolve_label_store, store_key
@@ -30,7 +31,7 @@ from visionkd.workflows._networks import (
 )
 from visionkd.workflows._request import build_config, check_mode, command_line, shared_overrides
 from visionkd.workflows._rundir import RunDirectory, open_run
-from visionkd.workflows._stages import Stages, data_text, open_for_training, write_environment
+from visionkd.workflows._stages import FLOAT, Stages, data_text, open_for_training, stages_of_export, write_environment
 from visionkd.workflows._training import budget_text, check_compute, fit, resolve_training, run_path
 from visionkd.workflows._unlabeled import STAGE as UNLABELED
 from visionkd.workflows._unlabeled import check_unlabeled, needs_preparation, open_pool, prepare_unlabeled
@@ -55,6 +56,7 @@ def distill(
     unlabeled: str | None = None,
     augment: str | None = None,
     pretrained: bool | None = None,
+    int8: bool | None = None,
     export: str | None = None,
     out: str | None = None,
     resume: bool = False,
@@ -86,6 +88,8 @@ def distill(
         unlabeled: Directory of images to train on beside the labelled ones.
         augment: ``hard`` trains an augmentor against the student.
         pretrained: Whether networks start from published weights.
+        int8: Bring the distilled student to INT8, train it on with the teacher, and export it for the targets of the
+            section ``int8``; the run fails, with all but the file made, where INT8 loses too much or is no faster.
         export: Formats to export at the end, separated by commas.
         out: Run directory; None makes a name from the networks, method and data.
         resume: Continue the run in ``out`` where it was stopped.
@@ -132,6 +136,7 @@ def distill(
         "data.unlabeled": unlabeled,
         "augment.learned": augment,
         "report.baseline": baseline,
+        "int8.enabled": int8,
     }
     settings = build_config(DistillConfig, config=config, options=options, overrides=overrides, out=out, resume=resume)
     if pretrained is not None:
@@ -158,6 +163,8 @@ class _Distillation:
             config, student=self.student, teachers=self.teachers, listener=listener,
             unlabeled=needs_preparation(self.data, self.pool),
         )  # fmt: skip
+        if config.int8.enabled:
+            check_int8(config, self.student)
         self.trainings = self.method.stages(config, self.options)
         #: Whether the outcome is an encoder without a classifier.
         self.pretrains = self.method.pretrains(self.options)
@@ -210,9 +217,10 @@ class _Distillation:
             names = [training.name for training in self.trainings]
             if needs_preparation(self.data, self.pool) and (self.asked or self.pool is not None):
                 names.insert(0, UNLABELED)
-            stages = Stages(
-                run, listener, ["fit_teacher", *names, "package", "compare", *config.export.formats, "report"], config
-            )
+            tail = self._int8_tail()
+            names += tail.stages if tail is not None else []
+            exports = stages_of_export(config, int8=config.int8 if tail is not None else None)
+            stages = Stages(run, listener, ["fit_teacher", *names, "package", "compare", *exports, "report"], config)
             self._say_choices(listener)
             self._fit_teachers(run, listener, stages)
             if UNLABELED in names:
@@ -221,6 +229,12 @@ class _Distillation:
             student = self.student
             for training in self.trainings:
                 student = self._train(student, training, run, listener, stages)
+            plain = None
+            if tail is not None:
+                student, plain = tail.run(
+                    student, teachers=[self.teachers[number] for number in self.asked], data=self.data, run=run,
+                    listener=listener, stages=stages,
+                )  # fmt: skip
             if not run.writes:
                 return RunResult(run.path, {})
             origin = {
@@ -232,7 +246,18 @@ class _Distillation:
             if self.pretrains:
                 return stages.finish_pretrained(student, data=self.data, origin=origin, losses=validation_loss(run))
             asked = [(self.names[number], self.teachers[number]) for number in self.asked]
-            return stages.finish(student, asked, data=self.data, origin=origin)
+            if plain is None or tail is None:
+                return stages.finish(student, asked, data=self.data, origin=origin)
+            return stages.finish(
+                student, asked, data=self.data, origin={**origin, "int8": config.int8.model_dump(mode="json")},
+                baseline=(f"{student.architecture} float", plain), int8=config.int8,
+            )  # fmt: skip
+
+    def _int8_tail(self) -> Int8Tail | None:
+        """Return what follows the trainings with ``--int8``."""
+        if not self.config.int8.enabled:
+            return None
+        return Int8Tail(self.config, img_size=self.img_size, uses_labels=self.method.uses_labels)
 
     def _say_choices(self, listener: Listener) -> None:
         config = self.config
@@ -296,8 +321,9 @@ class _Distillation:
         """Run one training of the method, which goes on with the weights of the one before."""
         kept = run.path / "stages" / training.name
         with stages.stage(training.name, f"{training.title} into {student.architecture}") as todo:
-            if not todo and (run.model.is_dir() or kept.is_dir()):
-                return load_network(str(run.model if run.model.is_dir() else kept)).train()
+            made = [path for path in (run.path / FLOAT, run.model, kept) if path.is_dir()]
+            if not todo and made:
+                return load_network(str(made[0])).train()
             config, data = stage_config(self.config, training), stage_data(self.data, training)
             student = self.method.prepare_student(student, training, config, self.options)
             labels = None

@@ -186,9 +186,9 @@ def match_classes(
 
 
 def _network(model: str) -> Any:
-    from visionkd.workflows._networks import load_network
+    from visionkd.workflows._networks import load_classifier
 
-    return load_network(model)
+    return load_classifier(model)
 
 
 def _num_outputs(loaded: Any) -> int:

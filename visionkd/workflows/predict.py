@@ -54,9 +54,9 @@ def predict(
         classes = loaded.classes
     else:
         from visionkd.models.classes import describe
-        from visionkd.workflows._networks import load_network
+        from visionkd.workflows._networks import load_classifier
 
-        loaded = load_network(model)
+        loaded = load_classifier(model)
         classes = describe(loaded.classes) if loaded.classes is not None else None
     targets = _saved_names(files, Path(save), overwrite=overwrite) if save is not None else {}
     if targets:

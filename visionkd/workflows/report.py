@@ -83,7 +83,7 @@ def report(
         created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         student=student,
         teachers=tuple(_model_row(row, note=about) for row in _of_role(rows, "teacher")),
-        baseline=_model_row(baseline_rows[0], note="in float" if _of_quantize(config) else "trained alone")
+        baseline=_model_row(baseline_rows[0], note="in float" if baseline is None else "trained alone")
         if baseline_rows
         else None,
         command=environment.get("command", ""),

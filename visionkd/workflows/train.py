@@ -1,26 +1,40 @@
-"""Supervised training: teachers and baselines."""
+"""Training without a teacher: teachers and baselines on labels, encoders on images alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
 
+from visionkd.config.load import build_options, options_problems
 from visionkd.config.schema import TrainConfig
-from visionkd.errors import RequestError
+from visionkd.errors import Problem, RequestError
+from visionkd.methods._mae import MAE
 from visionkd.methods._supervised import Supervised
+from visionkd.models.network import Network
 from visionkd.tasks.classification import ClassificationTask
-from visionkd.types import Listener
-from visionkd.workflows._networks import load_network
+from visionkd.types import DataSet, Listener
+from visionkd.workflows._finish import validation_loss
+from visionkd.workflows._networks import load_network, probe_classifier
 from visionkd.workflows._request import build_config, check_mode, command_line, shared_overrides
-from visionkd.workflows._rundir import open_run
+from visionkd.workflows._rundir import RunDirectory, open_run
 from visionkd.workflows._stages import Stages, data_text, open_for_training, write_environment
 from visionkd.workflows._training import budget_text, check_compute, fit, resolve_training, run_path
 from visionkd.workflows._unlabeled import check_unlabeled
 from visionkd.workflows.results import RunResult
 
+_NAMES = {"supervised": "supervised training", "mae": "the objective mae", "linear_probe": "a linear probe"}
+_SHORT = {"supervised": "train", "mae": "mae", "linear_probe": "probe"}
+_TITLES = {"supervised": "Train", "mae": "Pre-train", "linear_probe": "Fit a classifier on the features of"}
+
 
 def train(
     *,
     model: str | None = None,
+    objective: str | None = None,
+    init: str | None = None,
+    linear_probe: bool = False,
     data: str | None = None,
     task: str | None = None,
     config: str | None = None,
@@ -41,7 +55,13 @@ def train(
     precision: str | None = None,
     listener: Listener | None = None,
 ) -> RunResult:
-    """Train ``model`` on the labels of ``data``; the arguments are those of :func:`visionkd.workflows.distill`.
+    """Train ``model`` on ``data``; arguments not named here are those of :func:`visionkd.workflows.distill`.
+
+    Args:
+        model: Network to train; None takes that of ``init``.
+        objective: ``supervised``, ``mae`` or ``linear_probe``.
+        init: MODEL whose weights the network begins with, apart from its classifier.
+        linear_probe: Short for the objective of that name.
 
     Raises:
         RequestError: If the request is wrong; all problems are listed.
@@ -63,14 +83,33 @@ def train(
         strategy=strategy,
         precision=precision,
     )
-    overrides |= {"model.name": model, "model.pretrained": pretrained}
+    if linear_probe and objective not in (None, "linear_probe"):
+        raise RequestError(Problem("--linear-probe", f"contradicts --objective {objective}", "Give one of the two."))
+    overrides |= {
+        "model.name": model or (init if config is None else None),
+        "model.pretrained": pretrained,
+        "init": init,
+        "objective": "linear_probe" if linear_probe else objective,
+    }
     settings = build_config(TrainConfig, config=config, options=options, overrides=overrides, out=out, resume=resume)
-    if problems := check_compute(settings):
+    problems = check_compute(settings)
+    if settings.augment.learned is not None:
+        message = (
+            f"'{settings.augment.learned}' learns where a student and its teacher disagree, and there is no teacher"
+        )
+        problems.append(Problem("augment.learned", message, "Leave it out, or use 'visionkd distill --augment hard'."))
+    if problems:
         raise RequestError(problems)
-    dataset, network = open_for_training(settings, settings.model)
-    check_unlabeled(settings, dataset, "supervised training", uses_labels=True)
+    masked = settings.objective == "mae"
+    dataset, network = open_for_training(
+        settings, settings.model, classes=tuple if masked else None, init=settings.init, classifier=not masked
+    )
+    if settings.objective == "supervised" and settings.options:
+        raise RequestError(Problem("options", "supervised training has no options of its own", "Leave them out."))
+    check_unlabeled(settings, dataset, _NAMES[settings.objective], uses_labels=not masked)
+    choices = _settle_mae(settings, network) if masked else []
     resolve_training(settings, img_size=max(network.input.img_size))
-    path = run_path(out, f"{network.architecture}.train_{dataset.name}")
+    path = run_path(out, f"{network.architecture}.{_SHORT[settings.objective]}_{dataset.name}")
     command = command_line()
     opened = open_run(
         path, config=settings, command=command, resume=resume, overwrite=overwrite, listener=listener or Listener()
@@ -78,27 +117,53 @@ def train(
     with opened as (run, told):
         write_environment(run, command)
         stages = Stages(run, told, ["train", "package", "compare", *settings.export.formats, "report"], settings)
-        for text in (data_text(settings, dataset), *dataset.messages, *network.notes):
+        for text in (data_text(settings, dataset), *dataset.messages, *network.notes, *choices):
             told.message(text)
-        told.message(f"{network.architecture}: {budget_text(settings, dataset)}")
-        with stages.stage("train", f"Train {network.architecture}") as todo:
+        if settings.objective != "linear_probe":
+            told.message(f"{network.architecture}: {budget_text(settings, dataset)}")
+        with stages.stage("train", f"{_TITLES[settings.objective]} {network.architecture}") as todo:
             if not todo and run.model.is_dir():
                 network = load_network(str(run.model))
             else:
-                task_ = ClassificationTask(
-                    num_classes=len(dataset.classes), label_smoothing=settings.training.label_smoothing
-                )
-                module = fit(
-                    lambda budget: Supervised(student=network, task=task_, config=settings, budget=budget),
-                    data=dataset,
-                    config=settings,
-                    student=network,
-                    img_size=network.input.img_size,
-                    run=run,
-                    stage="train",
-                    listener=told,
-                )
-                network = module.deployed_student
+                network = _trained(settings, network, dataset, run, told)
         if not run.writes:
             return RunResult(run.path, {})
-        return stages.finish(network, [], data=dataset, origin={"method": "supervised", "run": run.path.name})
+        origin = {"method": settings.objective, "run": run.path.name}
+        if settings.init is not None:
+            origin["init"] = settings.init
+        if masked:
+            return stages.finish_pretrained(
+                network, data=dataset, origin={**origin, "options": settings.options}, losses=validation_loss(run)
+            )
+        return stages.finish(network, [], data=dataset, origin=origin)
+
+
+def _settle_mae(settings: TrainConfig, network: Network) -> list[str]:
+    """Check the masked objective and write its options out; return what to say about it."""
+    if problems := options_problems(MAE.Options, settings.options):
+        raise RequestError(problems)
+    options = build_options(MAE.Options, settings.options)
+    if settings.data.unlabeled is not None:
+        text = "is for methods with a teacher, and this objective needs no labels at all"
+        raise RequestError(Problem("data.unlabeled", text, "Give that directory as --data."))
+    given: dict[str, Any] = {"student": network, "teachers": (), "config": settings, "options": options}
+    if problems := MAE.check(**given):
+        raise RequestError(problems)
+    settings.options = asdict(options)
+    return MAE.settle(**given)
+
+
+def _trained(settings: TrainConfig, network: Network, data: DataSet, run: RunDirectory, listener: Listener) -> Network:
+    """Return the network as its objective trains it."""
+    if settings.objective == "linear_probe":
+        return probe_classifier(network, data, settings, listener)
+    if settings.objective == "mae":
+        build = partial(MAE, student=network, config=settings, options=build_options(MAE.Options, settings.options))
+    else:
+        task = ClassificationTask(num_classes=len(data.classes), label_smoothing=settings.training.label_smoothing)
+        build = partial(Supervised, student=network, task=task, config=settings)
+    module = fit(
+        lambda budget: build(budget=budget), data=data, config=settings, student=network,
+        img_size=network.input.img_size, run=run, stage="train", listener=listener,
+    )  # fmt: skip
+    return module.deployed_student
