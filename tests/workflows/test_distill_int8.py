@@ -90,3 +90,12 @@ def test_other_quantisation_is_refused_before_anything_is_trained(finished, teac
             teacher=str(teacher_run), student=str(finished[0].run), int8=True, options=OPTIONS, out=str(tmp_path / "r")
         )
     assert not (tmp_path / "r").exists()
+
+
+def test_a_float_model_is_quantised_into_a_bundle_for_both_targets(teacher_run, tmp_path):
+    given = {"max_drop": 100.0, "min_speedup": 0.0, "verify_images": 16}
+    result = workflows.export(model=str(teacher_run), int8=True, bundle=str(tmp_path / "bundle"), **given)
+    assert {"model.int8.onnx", "model.int8.tensorrt.onnx", "manifest.json"} <= set(result.files)
+    assert "model.onnx" not in result.files
+    with pytest.raises(RequestError, match="holds both"):
+        workflows.export(model=str(teacher_run), int8=True, target="cpu", bundle=str(tmp_path / "other"))

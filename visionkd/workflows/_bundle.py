@@ -19,6 +19,7 @@ def export_bundle(
     model: str,
     directory: str,
     export: Callable[[str, str | None], object],
+    int8: bool = False,
     overwrite: bool = False,
     listener: Listener | None = None,
 ) -> BundleResult:
@@ -28,6 +29,7 @@ def export_bundle(
         model: A run with ONNX files, an ONNX file, or any other MODEL, which is exported first.
         directory: Where to write it.
         export: Exports ``model`` to a file, for a target of INT8 or as it is.
+        int8: Export INT8 files anew, whatever files a run has.
         overwrite: Replace a bundle that is there.
         listener: Is told what happens.
 
@@ -40,7 +42,7 @@ def export_bundle(
             f"{model} is an engine, which runs on the device that built it only.", hint="Give an ONNX file, or a run."
         )
     with tempfile.TemporaryDirectory(prefix="visionkd_") as folder:
-        files = _files(model)
+        files = [] if int8 else _files(model)
         if not files:
             files = [Path(folder) / "model.onnx"]
             export(str(files[0]), None)
@@ -50,7 +52,7 @@ def export_bundle(
         kinds = {kind_of(read_onnx_file(file)) for file in files}
         if kinds == {"float"}:
             listener.message(
-                "The bundle holds a float model only: there is no INT8 file. Write one with 'visionkd export --int8'",
+                "The bundle holds a float model only: there is no INT8 file. Add --int8 to write them",
                 level="warning",
             )
         elif "int8-tensorrt" not in kinds:

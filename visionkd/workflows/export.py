@@ -85,18 +85,19 @@ def export(
     if bundle is not None:
         from visionkd.workflows._bundle import export_bundle
 
-        if given := [name for name, value in _spelled(quantized).items() if value is not None]:
-            raise RequestError(
-                [Problem(name, "does not go with --bundle", "Export first, then bundle the run.") for name in given]
-            )
+        if target is not None:
+            raise RequestError(Problem("--target", "does not go with --bundle, which holds both", "Leave it out."))
 
-        def export_one(file: str, target: str | None) -> object:
+        def export_one(file: str, chosen: str | None) -> object:
+            limits = {"max_drop": max_drop, "min_speedup": min_speedup if chosen != "tensorrt" else None}
             return export(
-                model=model, out=file, data=data, verify_images=verify_images, opset=opset, target=target,
-                listener=listener,
+                model=model, out=file, data=data, verify_images=verify_images, opset=opset, int8=int8, target=chosen,
+                listener=listener, **limits,
             )  # fmt: skip
 
-        return export_bundle(model=model, directory=bundle, export=export_one, overwrite=overwrite, listener=listener)
+        return export_bundle(
+            model=model, directory=bundle, export=export_one, int8=int8, overwrite=overwrite, listener=listener
+        )
     if is_model_file(model):
         raise RequestError(
             f"{model} is an exported file already.",
