@@ -15,7 +15,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 COPY = ROOT / "tests" / "reference"
 #: Methods whose vectors are checked; others in the same directory belong to methods to come.
-METHODS = ("diswot", "fkd", "hard", "meal_v2", "ofa_loss", "ofa_projector", "ofa_step", "ssld")
+METHODS = (
+    "diswot",
+    "dmae",
+    "fkd",
+    "g2sd",
+    "hard",
+    "int8_qdq",
+    "meal_v2",
+    "ofa_loss",
+    "ofa_projector",
+    "ofa_step",
+    "quantized_distillation",
+    "ssld",
+)
 WHOLE = Path(os.environ.get("VISIONKD_REFERENCE", ROOT.parent / "shared" / "reference"))
 
 

@@ -122,6 +122,13 @@ def test_choices_are_said_aloud_and_kept(finished):
     assert "Method kd" in (result.run / "report.html").read_text() or "kd" in (result.run / "report.html").read_text()
 
 
+def test_training_alone_refuses_an_augmentor_that_needs_a_teacher(tmp_path):
+    with pytest.raises(RequestError, match="there is no teacher") as error:
+        workflows.train(model="cifar_resnet8", options=("augment.learned=hard",), out=str(tmp_path / "run"))
+    assert [problem.key for problem in error.value.problems] == ["augment.learned"]
+    assert not (tmp_path / "run").exists()
+
+
 def test_nothing_is_written_over_unasked(teacher_run):
     before = (teacher_run / "status.json").read_bytes()
     with pytest.raises(RequestError, match="--overwrite"):

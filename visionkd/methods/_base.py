@@ -56,6 +56,8 @@ class DistillationModule(Hooks, lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.memory_format = _MEMORY_FORMATS[config.training.channels_last]
+        if student.packed is not None:
+            student.quantization = student.packed = None  # weights that train do not keep to their levels
         self.student = student.to(memory_format=self.memory_format)
         self.task, self.config, self.options, self.budget = task, config, options, budget
         self.projectors = self.build_modules()

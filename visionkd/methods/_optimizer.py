@@ -9,10 +9,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
-from visionkd.config.schema import RunConfig, ScheduleConfig
+from visionkd.config.schema import OptimizerConfig, RunConfig, ScheduleConfig
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,12 @@ def build_optimizer(
     """
     settings = config.optimizer
     assert settings.lr is not None and settings.weight_decay is not None, "the workflow resolves both"
-    groups = _parameter_groups(student, projectors, settings.weight_decay, settings.decay_norm_and_bias)
+    if settings.layer_decay is None:
+        groups = _parameter_groups(student, projectors, settings.weight_decay, settings.decay_norm_and_bias)
+    else:
+        groups = _layer_groups(student, settings)
+        beside = _parameter_groups(nn.Module(), projectors, settings.weight_decay, settings.decay_norm_and_bias)
+        groups += [group for group in beside if group["params"]]
     if projector_lr_ratio != 1.0:
         groups = _with_rate(groups, projectors, settings.lr * projector_lr_ratio)
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
@@ -82,6 +87,24 @@ def _parameter_groups(
     undecayed = getattr(student, "no_weight_decay", set)()
     names = [f"student.{name}" for name in undecayed]
     return param_groups_weight_decay(trained, weight_decay, no_weight_decay_list=names)
+
+
+def _layer_groups(student: nn.Module, settings: OptimizerConfig) -> list[dict[str, Any]]:
+    """Return groups whose rates fall from layer to layer, from the classifier (the full rate) to the embedding."""
+    assert settings.lr is not None and settings.layer_decay is not None
+    undecayed = () if settings.decay_norm_and_bias else getattr(student, "no_weight_decay", set)()
+    found = param_groups_layer_decay(
+        student, settings.weight_decay, no_weight_decay_list=undecayed, layer_decay=settings.layer_decay,
+        weight_decay_exclude_1d=not settings.decay_norm_and_bias,
+    )  # fmt: skip
+    named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
+    full = [p for name, p in named if name == "dist_token" or name.startswith("norm.")]
+    groups = []
+    for group in found:  # timm counts the last norm to the last block, and a new distillation token to the embedding
+        rest = [p for p in group["params"] if not any(p is one for one in full)]
+        groups.append({"params": rest, "weight_decay": group["weight_decay"], "lr": settings.lr * group["lr_scale"]})
+    groups += [{"params": full, "weight_decay": settings.weight_decay if settings.decay_norm_and_bias else 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def _with_rate(groups: list[dict[str, Any]], projectors: nn.Module, lr: float) -> list[dict[str, Any]]:

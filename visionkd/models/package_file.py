@@ -12,6 +12,8 @@ from visionkd.files import sha256
 FORMAT = 1
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "model.json"
+#: Decoder of a masked pre-training, beside the encoder that is the model.
+DECODER_FILE = "decoder.safetensors"
 _REQUIRED = ("architecture", "source", "model_args", "num_classes", "input", "task", "sha256")
 
 
@@ -42,17 +44,17 @@ def read_card(directory: Path) -> dict[str, Any]:
     return card
 
 
-def verified_weights(directory: Path, card: dict[str, Any]) -> Path:
-    """Return the path of the weights after comparing their SHA-256 with the card's.
+def verified_weights(directory: Path, card: dict[str, Any], file: str = WEIGHTS_FILE) -> Path:
+    """Return the path of the weights (or of another file) after comparing their SHA-256 with the card's.
 
     Raises:
         DataError: If they are absent, or not the ones that the card describes.
     """
-    path = directory / WEIGHTS_FILE
+    path = directory / file
     if not path.is_file():
         raise DataError(f"'{path}' is missing", hint="Copy the packaged model again, with all of its files.")
     expected = card["sha256"]
-    expected = expected.get(WEIGHTS_FILE) if isinstance(expected, dict) else expected
+    expected = expected.get(file) if isinstance(expected, dict) else expected
     found = sha256(path)
     if found != expected:
         raise DataError(
