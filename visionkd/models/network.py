@@ -70,7 +70,7 @@ class Network(nn.Module):
         self.quantization: dict[str, Any] | None = None
         #: What the package holds in place of the state dict, where weights of few levels are stored with few bits.
         self.packed: dict[str, Tensor] | None = None
-        #: What a masked pre-training left beside it (:class:`visionkd.models.masked.SavedDecoder`), kept in its package.
+        #: What a masked pre-training left beside it (:class:`visionkd.models.masked_decoder.SavedDecoder`).
         self.masked_decoder: Any = None
         #: Names of the layers that give the logits, where ``net`` cannot tell any more.
         self.heads: tuple[str, ...] = ()
