@@ -141,12 +141,13 @@ REQUESTS = [
         },
     ),
     (
-        "train --model m --data d --task classification --config c -o a.b=1 -o c=x=y --epochs 3 --batch-size 8 "
+        "train --model m --objective mae --init i --linear-probe "
+        "--data d --task classification --config c -o a.b=1 -o c=x=y --epochs 3 --batch-size 8 "
         "--lr 0.1 --seed 4 --no-pretrained --export onnx --out o --resume --overwrite --accelerator cpu --devices 2 "
         "--nodes 3 --strategy ddp --precision bf16",
         "train",
         RUN,
-        {**SHARED, "model": "m"},
+        {**SHARED, "model": "m", "objective": "mae", "init": "i", "linear_probe": True},
     ),
     (
         "eval m --data d --split test --batch-size 8 --limit 9 --accelerator cpu --backend onnxruntime -o a=1",

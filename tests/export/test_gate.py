@@ -60,11 +60,11 @@ def test_the_guilty_layer_is_left_in_float(spoiled: Network) -> None:
         def message(self, text: str, level: str = "info") -> None:
             said.append(text)
 
-    repaired, names, measured = _accurate(spoiled, batch, expected, labels, 15.0, Notes())
+    repaired, names, measured = _accurate(spoiled, batch, expected, labels, 100.0, 15.0, Notes())
     assert names == (GUILTY,) and measured[0].name == ranked[0].name
     assert float_layers(repaired)[GUILTY] == "skipped" and len(int8_layers(repaired)) == 9
     assert "looking for the layers" in said[0] and said[1] == f"Left in float: {GUILTY}"
-    kept, none, _ = _accurate(repaired, batch, expected, labels, 15.0, Notes())
+    kept, none, _ = _accurate(repaired, batch, expected, labels, 100.0, 15.0, Notes())
     assert kept is repaired and none == ()
 
 

@@ -120,7 +120,7 @@ def test_a_stopped_training_ends_with_the_same_weights(trained, teacher_run, tmp
         patched.setattr(_int8, "FreezeInt8", Stops)
         with pytest.raises(InterruptedRunError):
             quantize_with_teacher(teacher_run, out)
-    monkeypatch.setattr("visionkd.workflows._quantization.quantize_student", None)
+    monkeypatch.setattr("visionkd.workflows._int8.quantize_student", None)
     quantize_with_teacher(teacher_run, out, resume=True)
     expected, found = weights(trained), weights(out)
     different = [name for name in expected if not torch.equal(expected[name], found[name])]

@@ -24,7 +24,7 @@ from visionkd.methods._teachers import FrozenTeachers
 from visionkd.models.package_file import read_card
 from visionkd.types import Listener
 from visionkd.workflows import _unlabeled_work
-from visionkd.workflows._export_onnx import _verification_images
+from visionkd.workflows._export_onnx import verification_images
 from visionkd.workflows._networks import image_batches, load_network
 
 NUM_NEW, NUM_VAL, NUM_TRAIN = 24, 8, 12
@@ -206,7 +206,7 @@ def test_targets_without_labels_are_the_teachers_answers(without_labels):
 
 def test_export_measures_no_accuracy_without_labels(plain, teacher_run):
     source = open_unlabeled(plain).sources["all"]
-    images, targets = _verification_images(load_network(str(teacher_run)), source, 8, Listener())
+    images, targets = verification_images(load_network(str(teacher_run)), source, 8, Listener())
     assert len(images) == 8 and targets is None
 
 
