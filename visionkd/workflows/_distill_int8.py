@@ -14,7 +14,7 @@ from visionkd.models.network import Network
 from visionkd.tasks.classification import ClassificationTask
 from visionkd.types import DataSet, Listener
 from visionkd.workflows._int8 import calibrate_once, fit_int8
-from visionkd.workflows._labels import open_labels, store_key
+from visionkd.workflows._labels import labels_for
 from visionkd.workflows._networks import load_network
 from visionkd.workflows._rundir import RunDirectory
 from visionkd.workflows._stages import FLOAT, Stages
@@ -100,13 +100,10 @@ class Int8Tail:
                 return load_network(str(run.model))
             listener.message(f"Quantisation-aware training by kd: {budget_text(config, data)}")
             network = network.train().requires_grad_(True)
-            labels = None
-            if config.label_store.mode == "on":
-                key = store_key(
-                    config, data=data, teachers=teachers, img_size=self.img_size,
-                    temperature=KD.label_temperature(self.options), interpolation=network.input.interpolation,
-                )  # fmt: skip
-                labels = open_labels(config, key, data=data, teachers=teachers, listener=listener)
+            labels = labels_for(
+                config, data=data, teachers=teachers, temperature=KD.label_temperature(self.options),
+                img_size=self.img_size, interpolation=network.input.interpolation, listener=listener,
+            )  # fmt: skip
             build = partial(
                 KD, student=network, teachers=teachers, config=config, options=self.options,
                 task=ClassificationTask(num_classes=len(data.classes), label_smoothing=config.training.label_smoothing),

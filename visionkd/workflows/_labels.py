@@ -98,6 +98,25 @@ class Labels:
     ahead: bool
 
 
+def labels_for(
+    config: DistillConfig,
+    *,
+    data: DataSet,
+    teachers: Sequence[Network],
+    temperature: float,
+    img_size: tuple[int, int],
+    interpolation: str,
+    listener: Listener,
+) -> Labels | None:
+    """Open the store of a training by all that decides what it holds; None where the training takes no store."""
+    if config.label_store.mode != "on":
+        return None
+    key = store_key(
+        config, data=data, teachers=teachers, temperature=temperature, img_size=img_size, interpolation=interpolation
+    )
+    return open_labels(config, key, data=data, teachers=teachers, listener=listener)
+
+
 def open_labels(
     config: DistillConfig, key: Mapping[str, Any], *, data: DataSet, teachers: Sequence[Network], listener: Listener
 ) -> Labels:

@@ -24,7 +24,7 @@ from visionkd.tasks.classification import ClassificationTask
 from visionkd.types import DataSet, Listener, Source
 from visionkd.workflows._evaluation import answer
 from visionkd.workflows._int8 import LR_RATIO, calibrate_once, fit_int8
-from visionkd.workflows._labels import open_labels, resolve_label_store, store_key
+from visionkd.workflows._labels import labels_for, resolve_label_store
 from visionkd.workflows._method import choose_method
 from visionkd.workflows._networks import check_fit, load_network, needs_fit, probe_teacher, seeded_network
 from visionkd.workflows._request import command_line
@@ -225,13 +225,11 @@ class Quantization:
                     self.method, student=network, teachers=self.teachers, task=task, config=settings,
                     options=self.options,
                 )  # fmt: skip
-                if settings.label_store.mode == "on":
-                    key = store_key(
-                        settings, data=data, teachers=self.teachers, img_size=self.img_size,
-                        temperature=self.method.label_temperature(self.options),
-                        interpolation=network.input.interpolation,
-                    )  # fmt: skip
-                    labels = open_labels(settings, key, data=data, teachers=self.teachers, listener=listener)
+                labels = labels_for(
+                    settings, data=data, teachers=self.teachers,
+                    temperature=self.method.label_temperature(self.options), img_size=self.img_size,
+                    interpolation=network.input.interpolation, listener=listener,
+                )  # fmt: skip
             return fit_int8(
                 lambda budget: build(budget=budget), student=network, int8=config.int8, data=data, config=config,
                 img_size=self.img_size, run=run, stage="qat", listener=listener, labels=labels,

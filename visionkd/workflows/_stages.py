@@ -130,12 +130,7 @@ class Stages:
         answers = None
         with self.stage("package", "Package the model") as todo:
             if todo:
-                described = {
-                    **origin,
-                    "data": data.name,
-                    "data_fingerprint": data.fingerprint,
-                    "visionkd": visionkd.__version__,
-                }
+                described = _described(origin, data)
                 answers = _finish.package(network, run, data=data, config=config, listener=listener, origin=described)
             else:
                 network = load_network(str(run.model))
@@ -154,30 +149,20 @@ class Stages:
             except Refused as refusal:  # the rest is made nevertheless
                 listener.message(str(refusal), level="warning")
                 refused.append(refusal)
-        if config.report.enabled:
-            with self.stage("report", "Write the report"):
-                from visionkd.workflows.report import report
-
-                report(run=str(run.path), listener=listener)
+        self._report()
         if refused:
             raise refused[0]
-        metrics = {name: value for name, value in run.status["metrics"].items() if value is not None}
-        return RunResult(run.path, metrics, _finish.saved_rows(run), _finish.files_of(run))
+        return self._result()
 
     def finish_pretrained(
         self, network: Network, *, data: DataSet, origin: Mapping[str, Any], losses: Mapping[str, float]
     ) -> RunResult:
         """Package and report an encoder that has no classifier yet."""
-        run, config, listener = self.run, self.config, self.listener
+        run, listener = self.run, self.listener
         network.requires_grad_(False).eval()
         with self.stage("package", "Package the encoder") as todo:
             if todo:
-                described = {
-                    **origin,
-                    "data": data.name,
-                    "data_fingerprint": data.fingerprint,
-                    "visionkd": visionkd.__version__,
-                }
+                described = _described(origin, data)
                 _finish.package_encoder(network, run, data=data, origin=described, losses=losses)
             else:
                 network = load_network(str(run.model))
@@ -185,13 +170,19 @@ class Stages:
             if todo:
                 _finish.measure_encoder(network, run)
         listener.message(f"The encoder has no classifier yet: visionkd train --init {run.path} --data DATA fits one")
-        if config.report.enabled:
+        self._report()
+        return self._result()
+
+    def _report(self) -> None:
+        if self.config.report.enabled:
             with self.stage("report", "Write the report"):
                 from visionkd.workflows.report import report
 
-                report(run=str(run.path), listener=listener)
-        metrics = {name: value for name, value in run.status["metrics"].items() if value is not None}
-        return RunResult(run.path, metrics, _finish.saved_rows(run), _finish.files_of(run))
+                report(run=str(self.run.path), listener=self.listener)
+
+    def _result(self) -> RunResult:
+        metrics = {name: value for name, value in self.run.status["metrics"].items() if value is not None}
+        return RunResult(self.run.path, metrics, _finish.saved_rows(self.run), _finish.files_of(self.run))
 
     def _export(self, stage: str, data: DataSet, int8: Int8RunConfig | None) -> None:
         from visionkd.export.int8_graph import is_int8
@@ -215,6 +206,16 @@ class Stages:
         export_int8(
             network, folder / INT8_FILES[target], target=target, calibration=data.splits.get("train"), **settings
         )
+
+
+def _described(origin: Mapping[str, Any], data: DataSet) -> dict[str, Any]:
+    """Return how a network came about, with the data it was trained on."""
+    return {
+        **origin,
+        "data": data.name,
+        "data_fingerprint": data.fingerprint,
+        "visionkd": visionkd.__version__,
+    }
 
 
 _TITLES = {

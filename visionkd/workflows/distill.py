@@ -19,7 +19,7 @@ from visionkd.types import DataSet, Listener
 from visionkd.workflows._distill_int8 import Int8Tail, check_int8
 from visionkd.workflows._finetune import finetune_teacher
 from visionkd.workflows._finish import validation_loss
-from visionkd.workflows._labels import open_labels, resolve_label_store, store_key
+from visionkd.workflows._labels import labels_for, resolve_label_store
 from visionkd.workflows._method import choose_method, method_name
 from visionkd.workflows._networks import (
     check_fit,
@@ -326,14 +326,12 @@ class _Distillation:
                 return load_network(str(made[0])).train()
             config, data = stage_config(self.config, training), stage_data(self.data, training)
             student = self.method.prepare_student(student, training, config, self.options)
-            labels = None
-            if config.label_store.mode == "on":
-                # of all data, for a training on the labelled images too: they come first, so their labels are the same
-                key = store_key(
-                    config, data=self.data, teachers=self.teachers, img_size=self.img_size,
-                    temperature=self.method.label_temperature(self.options), interpolation=student.input.interpolation,
-                )  # fmt: skip
-                labels = open_labels(config, key, data=self.data, teachers=self.teachers, listener=listener)
+            # of all data, for a training on the labelled images too: they come first, so their labels are the same
+            labels = labels_for(
+                config, data=self.data, teachers=self.teachers,
+                temperature=self.method.label_temperature(self.options), img_size=self.img_size,
+                interpolation=student.input.interpolation, listener=listener,
+            )  # fmt: skip
             task = ClassificationTask(num_classes=len(data.classes), label_smoothing=config.training.label_smoothing)
             build = partial(
                 self.method.module_of(training, self.options), student=student, teachers=self.teachers, task=task,
