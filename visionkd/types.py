@@ -50,16 +50,18 @@ class Output:
     """What a network answers.
 
     Attributes:
-        logits: B x C for classification, before softmax.
+        logits: Before softmax; B x C for classification, B x C x h x w at the network's own stride for segmentation.
         features: Maps, B x C x H x W each, from the shallowest stage to the deepest.
         tokens: B x N x D for a transformer, prefix tokens included.
         probs: B x C class probabilities, where a label store stands for the teachers and there are no logits.
+        aux: Logits of auxiliary heads, like ``logits``; empty in eval mode.
     """
 
     logits: Tensor | None = None
     features: tuple[Tensor, ...] = ()
     tokens: Tensor | None = None
     probs: Tensor | None = None
+    aux: tuple[Tensor, ...] = ()
 
 
 class Source(Protocol):
@@ -71,7 +73,7 @@ class Source(Protocol):
         """Decode sample ``index`` as RGB with its orientation applied; raises UnreadableImageError."""
 
     def target(self, index: int) -> Any:
-        """Class index for classification; cheap, decodes no image."""
+        """Class index for classification, cheap; a map of them, uint8 H x W with 255 ignored, for segmentation."""
 
     def name(self, index: int) -> str:
         """Path of the sample, relative to the data, for messages."""

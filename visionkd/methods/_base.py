@@ -195,7 +195,7 @@ class DistillationModule(Hooks, lightning.LightningModule):
         if batch["image"].shape[0] == 0:
             return
         output = self.deployed_student(batch["image"])
-        self._val_metrics.update(self.task.predictions(output), batch["target"])
+        self.task.update(self._val_metrics, output, batch["target"])
         count = batch["image"].shape[0]
         loss = self.task.loss(output, batch["target"])
         self._val_loss.append(torch.stack([loss * count, loss.new_tensor(float(count))]))

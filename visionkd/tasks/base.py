@@ -27,5 +27,5 @@ class Task(Protocol):
     def metrics(self) -> MetricCollection:
         """Fresh metrics in percent, by name without prefix."""
 
-    def predictions(self, output: Output) -> Tensor:
-        """What :meth:`metrics` take as their first argument."""
+    def update(self, metrics: MetricCollection, output: Output, target: Any) -> None:
+        """Add a batch of a validation loader to metrics that :meth:`metrics` gave."""

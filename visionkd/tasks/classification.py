@@ -40,5 +40,5 @@ class ClassificationTask:
             found["top5"] = MulticlassAccuracy(self.num_classes, average="micro", top_k=5, validate_args=False)
         return MetricCollection(found)
 
-    def predictions(self, output: Output) -> Tensor:
-        return output.logits
+    def update(self, metrics: MetricCollection, output: Output, target: Tensor) -> None:
+        metrics.update(output.logits, target)

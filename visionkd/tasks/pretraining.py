@@ -23,5 +23,5 @@ class Pretraining:
     def metrics(self) -> MetricCollection:
         return MetricCollection({})
 
-    def predictions(self, output: Output) -> Tensor:
+    def update(self, metrics: MetricCollection, output: Output, target: Any) -> None:
         raise NotImplementedError("an encoder without a classifier predicts nothing")

@@ -11,7 +11,7 @@ from visionkd.errors import Problem, RequestError
 from visionkd.hub.package import save_package
 from visionkd.methods.kd import KD, KDOptions
 from visionkd.models.network import Network
-from visionkd.tasks.classification import ClassificationTask
+from visionkd.tasks.make import task_of
 from visionkd.types import DataSet, Listener
 from visionkd.workflows._int8 import calibrate_once, fit_int8
 from visionkd.workflows._labels import labels_for
@@ -106,7 +106,7 @@ class Int8Tail:
             )  # fmt: skip
             build = partial(
                 KD, student=network, teachers=teachers, config=config, options=self.options,
-                task=ClassificationTask(num_classes=len(data.classes), label_smoothing=config.training.label_smoothing),
+                task=task_of(data, config),
             )  # fmt: skip
             return fit_int8(
                 lambda budget: build(budget=budget), student=network, int8=self.int8, data=data, config=config,

@@ -8,7 +8,7 @@ from visionkd.config.schema import DistillConfig, FitTeacherConfig
 from visionkd.hub.package import save_package
 from visionkd.methods._supervised import Supervised
 from visionkd.models.network import Network
-from visionkd.tasks.classification import ClassificationTask
+from visionkd.tasks.make import task_of
 from visionkd.types import DataSet, Listener
 from visionkd.workflows._rundir import RunDirectory
 from visionkd.workflows._training import fit
@@ -28,7 +28,7 @@ def finetune_teacher(
     tuned = config.model_copy(deep=True)
     tuned.optimizer.lr = settings.lr or (config.optimizer.lr or 1e-3) / 10
     teacher.reset_classifier(len(data.classes), data.classes)
-    task = ClassificationTask(num_classes=len(data.classes), label_smoothing=config.training.label_smoothing)
+    task = task_of(data, config)
     module = fit(
         lambda budget: Supervised(student=teacher, task=task, config=tuned, budget=budget), data=data, config=tuned,
         student=teacher, img_size=teacher.input.img_size, run=run, stage=f"finetune_teacher{number}", listener=listener,

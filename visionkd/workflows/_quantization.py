@@ -20,7 +20,7 @@ from visionkd.methods._supervised import Supervised
 from visionkd.models.classes import align_classes, names_or_numbers
 from visionkd.models.factory import create_network
 from visionkd.models.network import Network
-from visionkd.tasks.classification import ClassificationTask
+from visionkd.tasks.make import task_of
 from visionkd.types import DataSet, Listener, Source
 from visionkd.workflows._evaluation import answer
 from visionkd.workflows._int8 import LR_RATIO, calibrate_once, fit_int8
@@ -217,7 +217,7 @@ class Quantization:
                 return load_network(str(run.model))
             listener.message(f"Quantisation-aware training: {budget_text(config, data)}")
             network = network.train().requires_grad_(True)
-            task = ClassificationTask(num_classes=len(data.classes), label_smoothing=config.training.label_smoothing)
+            task = task_of(data, config)
             build, labels = partial(Supervised, student=network, task=task, config=config), None
             if self.distillation is not None:
                 settings = self.distillation

@@ -14,7 +14,7 @@ from visionkd.methods._optimizer import Budget
 from visionkd.methods._stage import TrainingStage
 from visionkd.models.classes import names_or_numbers
 from visionkd.models.network import Network
-from visionkd.tasks.classification import ClassificationTask
+from visionkd.tasks.make import task_of
 from visionkd.types import DataSet, Listener
 from visionkd.workflows._distill_int8 import Int8Tail, check_int8
 from visionkd.workflows._finetune import finetune_teacher
@@ -332,7 +332,7 @@ class _Distillation:
                 temperature=self.method.label_temperature(self.options), img_size=self.img_size,
                 interpolation=student.input.interpolation, listener=listener,
             )  # fmt: skip
-            task = ClassificationTask(num_classes=len(data.classes), label_smoothing=config.training.label_smoothing)
+            task = task_of(data, config)
             build = partial(
                 self.method.module_of(training, self.options), student=student, teachers=self.teachers, task=task,
                 config=config, options=self.options,

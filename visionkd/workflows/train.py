@@ -13,7 +13,7 @@ from visionkd.errors import Problem, RequestError
 from visionkd.methods._mae import MAE
 from visionkd.methods._supervised import Supervised
 from visionkd.models.network import Network
-from visionkd.tasks.classification import ClassificationTask
+from visionkd.tasks.make import task_of
 from visionkd.types import DataSet, Listener
 from visionkd.workflows._finish import validation_loss
 from visionkd.workflows._networks import load_network, probe_classifier
@@ -160,7 +160,7 @@ def _trained(settings: TrainConfig, network: Network, data: DataSet, run: RunDir
     if settings.objective == "mae":
         build = partial(MAE, student=network, config=settings, options=build_options(MAE.Options, settings.options))
     else:
-        task = ClassificationTask(num_classes=len(data.classes), label_smoothing=settings.training.label_smoothing)
+        task = task_of(data, settings)
         build = partial(Supervised, student=network, task=task, config=settings)
     module = fit(
         lambda budget: build(budget=budget), data=data, config=settings, student=network,
