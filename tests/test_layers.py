@@ -30,12 +30,21 @@ ROWS = {
     "export": 4,
     "report": 4,
     "workflows": 5,
+    "zoo": 5,
     "cli": 6,
     "__main__": 7,
 }
 TORCH = {"torch", "torchvision", "timm", "lightning", "torchmetrics", "safetensors"}
 #: The files of data/ that may import torch; the others serve a device without it.
-TORCH_DATA_FILES = {"transforms.py", "loader.py", "sampler.py", "known.py", "cache.py", "mixing.py"}
+TORCH_DATA_FILES = {
+    "transforms.py",
+    "dense_transforms.py",
+    "loader.py",
+    "sampler.py",
+    "known.py",
+    "cache.py",
+    "mixing.py",
+}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

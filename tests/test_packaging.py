@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,7 +32,20 @@ def test_every_folder_is_packaged(setup_cfg: configparser.ConfigParser) -> None:
 
 def test_the_base_is_what_a_device_needs(setup_cfg: configparser.ConfigParser) -> None:
     names = {line.split(">=")[0] for line in setup_cfg["options"]["install_requires"].split()}
-    assert names == {"numpy", "pillow", "click", "rich", "pyyaml", "pydantic"}
+    assert names == {"numpy", "pillow", "click", "rich", "pyyaml", "pydantic", "filelock"}
+
+
+def test_the_teachers_are_those_of_the_cards(setup_cfg: configparser.ConfigParser) -> None:
+    sources = [
+        source
+        for file in (ROOT / "zoo").glob("*/*.yaml")
+        for artifact in yaml.safe_load(file.read_text(encoding="utf-8"))["artifacts"].values()
+        for described in artifact.get("files", ())
+        for source in described["sources"]
+        if source["kind"] == "python-package"
+    ]
+    listed = setup_cfg["options.extras_require"]["teachers"].split()
+    assert sorted(listed) == sorted(f"{source['package']}=={source['version']}" for source in sources)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="setuptools is not installed")

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TaskName = Literal["classification", "segmentation", "detection"]
+#: Value of pixels without a label in a map of class indices.
+IGNORE = 255
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -46,6 +48,21 @@ class InputSpec:
 
 
 @dataclass
+class Detections:
+    """What a detector found in one image.
+
+    Attributes:
+        boxes: N x 4, left, top, right, bottom in pixels of the image that was given.
+        scores: N, from 0 to 1, highest first.
+        labels: N, class indices.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+@dataclass
 class Output:
     """What a network answers.
 
@@ -55,6 +72,8 @@ class Output:
         tokens: B x N x D for a transformer, prefix tokens included.
         probs: B x C class probabilities, where a label store stands for the teachers and there are no logits.
         aux: Logits of auxiliary heads, like ``logits``; empty in eval mode.
+        boxes: What a detector found, for each image; empty in train mode.
+        losses: A detector's own losses by name, scalars; empty in eval mode.
     """
 
     logits: Tensor | None = None
@@ -62,6 +81,8 @@ class Output:
     tokens: Tensor | None = None
     probs: Tensor | None = None
     aux: tuple[Tensor, ...] = ()
+    boxes: tuple[Detections, ...] = ()
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Source(Protocol):

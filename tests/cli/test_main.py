@@ -13,7 +13,7 @@ from visionkd.cli.main import cli
 
 COMMANDS = [
     "bench", "configs", "data", "distill", "doctor", "eval", "export", "predict", "quantize", "report", "search",
-    "train",
+    "train", "zoo",
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from onnx_graphs import SPEC, Graph, cnn
+from onnx_graphs import CLASSES, METADATA, SPEC, Graph, cnn
 from PIL import Image
 
 from visionkd import workflows
@@ -22,12 +22,12 @@ from visionkd.workflows.doctor import _engines
 COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
 
 
-def colour_model(path: Path, sign: float = 1.0) -> Path:
+def colour_model(path: Path, sign: float = 1.0, **saving: object) -> Path:
     """What the pretended engine computes: the mean of each channel, and 0."""
     graph = Graph("float")
     pooled = graph.node("Flatten", graph.node("GlobalAveragePool", "image"))
     matrix = np.concatenate([sign * np.eye(3), np.zeros((3, 1))], axis=1).astype(np.float32)
-    return graph.save(path, graph.node("MatMul", pooled, graph.weight(matrix)))
+    return graph.save(path, graph.node("MatMul", pooled, graph.weight(matrix)), **saving)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -71,13 +71,37 @@ def test_an_engine_that_answers_otherwise_is_not_written(machine, tmp_path: Path
 def test_an_engine_that_loses_accuracy_is_not_written(machine, tmp_path: Path, photos: Path, monkeypatch) -> None:
     machine()
     monkeypatch.setattr(_engine, "_TOLERANCE", 10.0)
+    logits = _engine.Session.predict_logits
+    sign = {True: -1.0, False: 1.0}
+    monkeypatch.setattr(
+        _engine.Session, "predict_logits", lambda self, batch: logits(self, batch) * sign[self.path.suffix == ".tmp"]
+    )
     with pytest.raises(WorkError, match="more than 1 points lost"):
-        answers = _engine._answers
-        monkeypatch.setattr(
-            _engine, "_answers", lambda s, i: answers(s, i) * (-1.0 if str(s.path).endswith(".tmp") else 1.0)
-        )
         workflows.export(model=str(colour_model(tmp_path / "m.onnx")), format="tensorrt", data=str(photos))
     assert not (tmp_path / "m.engine").exists()
+
+
+def test_engines_of_segmentation_networks_are_compared_by_miou(
+    machine, tmp_path: Path, photos: Path, monkeypatch
+) -> None:
+    for split in ("train", "val"):
+        for kind in ("images", "labels"):
+            (tmp_path / "maps" / split / kind).mkdir(parents=True)
+        for number, (name, colour) in enumerate(COLOURS.items()):
+            Image.new("RGB", (40, 30), colour).save(tmp_path / "maps" / split / "images" / f"{name}.png")
+            Image.new("L", (40, 30), number).save(tmp_path / "maps" / split / "labels" / f"{name}.png")
+    (tmp_path / "maps" / "classes.txt").write_text("\n".join(CLASSES))
+    machine()
+    logits = _engine.Session.predict_logits  # of the pretended engine, for all pixels of an image
+    monkeypatch.setattr(
+        _engine.Session, "predict_logits", lambda self, batch: np.tile(logits(self, batch)[..., None, None], (8, 8))
+    )
+    file = colour_model(tmp_path / "m.onnx", metadata={**METADATA, "task": "segmentation"})
+    found = workflows.export(model=str(file), format="tensorrt", data=str(tmp_path / "maps"))
+    assert (found.miou_onnx, found.miou_engine, found.top1_engine) == (100.0, 100.0, None)
+    assert found.num_verify_images == 3 and read_engine_info(found.file).metadata["task"] == "segmentation"
+    with pytest.raises(RequestError, match="names the class of every pixel"):
+        workflows.export(model=str(file), format="tensorrt", data=str(photos), overwrite=True)
 
 
 def test_without_data_random_images_do(machine, tmp_path: Path, capsys) -> None:

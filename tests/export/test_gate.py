@@ -8,6 +8,7 @@ import torch
 from tests.quantization.conftest import calibrated, images, tiny
 from visionkd.errors import WorkError
 from visionkd.export import gate
+from visionkd.export.accuracy import Labels
 from visionkd.models.network import Network
 from visionkd.quantization.insert import activation_quantizers, float_layers, int8_layers
 from visionkd.types import Listener
@@ -54,17 +55,17 @@ def test_the_guilty_layer_is_left_in_float(spoiled: Network) -> None:
     with torch.no_grad():
         ranked = gate.sensitivity(spoiled, batch)
         expected = gate.logits_of(fine(), batch)
-    labels = expected.argmax(1).numpy()
+    truth = Labels(expected.argmax(1).numpy())
 
     class Notes(Listener):
         def message(self, text: str, level: str = "info") -> None:
             said.append(text)
 
-    repaired, names, measured = _accurate(spoiled, batch, expected, labels, 100.0, 15.0, Notes())
+    repaired, names, measured = _accurate(spoiled, batch, expected, truth, 100.0, 15.0, Notes())
     assert names == (GUILTY,) and measured[0].name == ranked[0].name
     assert float_layers(repaired)[GUILTY] == "skipped" and len(int8_layers(repaired)) == 9
     assert "looking for the layers" in said[0] and said[1] == f"Left in float: {GUILTY}"
-    kept, none, _ = _accurate(repaired, batch, expected, labels, 100.0, 15.0, Notes())
+    kept, none, _ = _accurate(repaired, batch, expected, truth, 100.0, 15.0, Notes())
     assert kept is repaired and none == ()
 
 

@@ -11,6 +11,7 @@ import torch
 from visionkd.config.schema import NetworkConfig
 from visionkd.errors import RequestError, WorkError
 from visionkd.export import onnx as export_module
+from visionkd.export.accuracy import Labels
 from visionkd.export.onnx import export_onnx
 from visionkd.export.verify import verify_onnx
 from visionkd.models.factory import Network, create_network
@@ -103,10 +104,14 @@ def test_accuracy_and_difference_are_reported(copied: tuple[Network, Path]) -> N
     with torch.no_grad():
         targets = network.eval()(batch.float() / 255).logits.argmax(1).numpy()
     targets[0] = (targets[0] + 1) % 5
-    found = verify_onnx(network, path, batch, targets)
-    assert found.num_images == 19 and found.top1_torch == found.top1_exported == pytest.approx(100 * 18 / 19)
+    found = verify_onnx(network, path, batch, Labels(targets))
+    assert (
+        found.num_images == 19
+        and found.metric == "top1"
+        and found.torch == found.exported == pytest.approx(100 * 18 / 19)
+    )
     assert 0 <= found.max_abs_diff < 1e-4
-    one = verify_onnx(network, path, batch[:1].float() / 255, targets[:1])
+    one = verify_onnx(network, path, batch[:1].float() / 255, Labels(targets[:1]))
     assert one.batch_sizes == (1, 2) and one.num_images == 1
 
 

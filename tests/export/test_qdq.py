@@ -49,22 +49,27 @@ def small_graph(small: Network) -> ir.Model:
     return graph_of(small)
 
 
-@pytest.mark.parametrize(
-    ("name", "img_size"),
-    [
-        ("test_resnet", 32),  # a max pool, an average pool in the skip, clipping before and after them
-        ("test_convnext", 32),
-        pytest.param("test_vit", 32, marks=pytest.mark.slow),
-        pytest.param("test_efficientnet", 32, marks=pytest.mark.slow),
-        pytest.param("resnet18", 64, marks=pytest.mark.slow),
-        pytest.param("mobilenetv2_035", 64, marks=pytest.mark.slow),
-        pytest.param("mobilenetv3_small_050", 64, marks=pytest.mark.slow),
-        pytest.param("tf_efficientnet_lite0", 64, marks=pytest.mark.slow),
-        pytest.param("deit_tiny_patch16_224", 64, marks=pytest.mark.slow),
-        pytest.param("torchvision/mobilenet_v3_small", 64, marks=pytest.mark.slow),
-    ],
-)
-def test_both_targets_compute_what_pytorch_computes(name: str, img_size: int, tmp_path: Path) -> None:
+#: By family: size of the images, how many of eight are equal at least (a value on a tie may go the other way, which
+#: later layers carry on), and the distances allowed to the signed graph and to the file for processors, as shares of what
+#: quantisation itself has moved the logits. Measured, with about a quarter on top.
+FAMILIES = {
+    "test_resnet": (32, 6, 0.6, 1.5),  # a max pool, an average pool in the skip, clipping before and after them
+    "test_convnext": (32, 7, 0.1, 1.5),
+    "test_vit": (32, 7, 0.1, 1.15),
+    "test_efficientnet": (32, 7, 0.1, 1.8),
+    "resnet18": (64, 2, 0.35, 0.75),
+    "mobilenetv2_035": (64, 6, 0.2, 1.1),
+    "mobilenetv3_small_050": (64, 7, 0.1, 1.85),
+    "tf_efficientnet_lite0": (64, 5, 0.25, 1.15),
+    "deit_tiny_patch16_224": (64, 1, 0.8, 1.4),
+    "torchvision/mobilenet_v3_small": (64, 6, 0.2, 1.2),
+}
+FAST = ("test_resnet", "test_convnext")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in FAMILIES])
+def test_both_targets_compute_what_pytorch_computes(name: str, tmp_path: Path) -> None:
+    img_size, least_equal, signed_share, cpu_share = FAMILIES[name]
     network = calibrated(tiny(name, img_size=img_size), calibration="mse").eval()
     batch = images(8, seed=3, img_size=img_size)
     with torch.no_grad():
@@ -72,9 +77,8 @@ def test_both_targets_compute_what_pytorch_computes(name: str, img_size: int, tm
         own_error = rms_difference(expected, float_network(network).eval()(batch).logits.numpy())
     signed = graph_of(network)
     answer = run(signed, batch.numpy())
-    # apart from values on a tie, which go one step the other way in some images and are carried on from there
-    same = np.abs(answer - expected).max(1) < 1e-5 * np.abs(expected).max()
-    assert same.any() and rms_difference(answer, expected) < 0.8 * own_error
+    equal = np.abs(answer - expected).max(1) < 1e-5 * np.abs(expected).max()
+    assert equal.sum() >= least_equal and rms_difference(answer, expected) < signed_share * own_error
 
     rounded, shifted = signed.clone(), signed.clone()
     qdq.round_biases(rounded.graph)
@@ -85,7 +89,7 @@ def test_both_targets_compute_what_pytorch_computes(name: str, img_size: int, tm
     model = qdq.to_target(signed, "cpu", ranges)
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     fast = run(model, batch.numpy(), optimized_to=tmp_path / "optimized.onnx")
-    assert rms_difference(fast, expected) < 2 * own_error
+    assert rms_difference(fast, expected) < cpu_share * own_error
     kinds = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
     products = sum(kinds[kind] for kind in ("QLinearConv", "QGemm", "MatMulIntegerToFloat"))
     assert products == sum(qdq.quantized(node) for node in shifted.graph), "every quantised layer runs in integers"

@@ -63,15 +63,27 @@ class MethodContract:
         )
         method = self.method
         module = method(
-            student=tiny_network(self.student_name, seed=1),
-            teachers=[tiny_network(name, seed=2 + number) for number, name in enumerate(self.teacher_names)],
-            task=ClassificationTask(num_classes=NUM_CLASSES),
+            student=self.network(self.student_name, seed=1),
+            teachers=[self.teacher(name, seed=2 + number) for number, name in enumerate(self.teacher_names)],
+            task=self.task(),
             config=config,
             options=build_options(method.Options, self.options),
             budget=Budget(steps_per_epoch=10, epochs=1),
         )
         module.trainer = _NoTrainer()
         return module.train()
+
+    def network(self, name: str, *, seed: int):
+        return tiny_network(name, seed=seed)
+
+    def teacher(self, name: str, *, seed: int):
+        return self.network(name, seed=seed)
+
+    def task(self):
+        return ClassificationTask(num_classes=NUM_CLASSES)
+
+    def batch(self) -> dict[str, torch.Tensor]:
+        return tiny_batch()
 
     @property
     def method(self) -> type[DistillationModule]:
@@ -98,7 +110,7 @@ class MethodContract:
 
     def test_loss_is_the_weighted_sum_of_named_terms(self):
         module = self.build()
-        loss = self.step(module, tiny_batch())
+        loss = self.step(module, self.batch())
         found = module.take_train_metrics()
         terms = {name.removeprefix("train/"): value for name, value in found.items() if name != "train/loss"}
         weights = module.loss_weights()
@@ -108,7 +120,7 @@ class MethodContract:
     def test_gradient_reaches_all_that_trains_and_nothing_else(self):
         module = self.build()
         before = [copy.deepcopy(teacher.state_dict()) for teacher in module.teachers]
-        self.step(module, tiny_batch()).backward()
+        self.step(module, self.batch()).backward()
         missing = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
         assert not missing
         for teacher, state in zip(module.teachers, before, strict=True):
@@ -129,7 +141,7 @@ class MethodContract:
         assert state_size == trained
 
     def test_stored_probabilities_can_stand_for_the_teachers(self):
-        module, batch = self.build(), tiny_batch()
+        module, batch = self.build(), self.batch()
         if not module.can_store_labels(module.options):
             pytest.skip(f"'{self.name}' needs its teachers in every step")
         image = module.on_after_batch_transfer(batch, 0)["image"]
@@ -143,7 +155,7 @@ class MethodContract:
         assert set(online) - set(same) <= set(self.differ_when_stored)
 
     def test_steps_reduce_the_loss(self):
-        module, batch = self.build(), tiny_batch()
+        module, batch = self.build(), self.batch()
         optimizer = module.configure_optimizers()["optimizer"]
         losses = []
         for _ in range(15):
@@ -159,7 +171,7 @@ class MethodContract:
         for noise in (3, 4):
             module = self.build()
             torch.manual_seed(noise)
-            losses.append(self.step(module, tiny_batch()).item())
+            losses.append(self.step(module, self.batch()).item())
         assert losses[0] == losses[1]
 
     def test_state_survives_a_checkpoint(self):

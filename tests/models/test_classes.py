@@ -22,6 +22,8 @@ WNIDS = imagenet_classes(1000)
         (("a", "b"), ("a", "a"), 2, None, False),
         (None, None, 2, None, False),
         (WNIDS, ("n01443537", "n01440764 tench"), 1000, (1, 0), False),
+        (WNIDS, ("0001_n01443537", "0000_n01440764"), 1000, (1, 0), False),
+        (WNIDS, ("0001_n014435371", "0000_n01440764"), 1000, None, False),
         (None, ("n01443537", "n01440764"), 1000, (1, 0), False),
         (None, ("n01443537", "n99999999"), 1000, None, False),
         (None, WNIDS, 1000, tuple(range(1000)), True),

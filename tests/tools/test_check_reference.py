@@ -16,13 +16,30 @@ ROOT = Path(__file__).resolve().parents[2]
 COPY = ROOT / "tests" / "reference"
 #: Methods whose vectors are checked; others in the same directory belong to methods to come.
 METHODS = (
+    "baseline_cwd",
+    "baseline_fgd",
+    "baseline_pixel_kd",
     "diswot",
     "dmae",
     "fkd",
     "g2sd",
     "hard",
     "int8_qdq",
+    "lad_cwd",
+    "lad_kd_variants",
+    "lad_label_noising",
+    "lad_student_objective",
+    "lad_teacher_objective",
     "meal_v2",
+    "oadp_asymmetric_loss",
+    "oadp_blocks",
+    "oadp_box_expand",
+    "oadp_calibration",
+    "oadp_classifier",
+    "oadp_distill_losses",
+    "oadp_loss_schedule",
+    "oadp_obj_attention",
+    "oadp_pseudo_labels",
     "ofa_loss",
     "ofa_projector",
     "ofa_step",
@@ -81,6 +98,17 @@ def test_a_wrong_value_a_wrong_gradient_and_an_unknown_kind_fail(copy: Path) -> 
     assert lines[0].startswith("FAILED") and "loss" in lines[0]
     assert lines[1].startswith("FAILED") and "grad_student_logits" in lines[1]
     assert lines[-2].startswith("unknown") and "2 failed, 1 of unknown kind" in lines[-1]
+
+
+def test_small_gradients_are_judged_in_their_own_scale(copy: Path) -> None:
+    def wrong(content, values):
+        case = content["cases"][0]["case"]
+        values[f"{case}/grad_student"] = values[f"{case}/grad_student"] * 1e-3
+
+    rewrite(copy, "baseline_pixel_kd", wrong)
+    result = check(copy, "--only", "baseline_pixel_kd")
+    assert result.returncode == 1 and "grad_student" in result.stdout.splitlines()[0]
+    assert "1 failed" in result.stdout.splitlines()[-1]
 
 
 def test_cases_are_known_by_their_kind_not_by_their_name(copy: Path) -> None:

@@ -28,6 +28,7 @@ class Case:
         rtol: Tolerances of the file.
         atol: Tolerances of the file.
         others: Arrays of the other cases of the file, by case, for one that goes on from another.
+        atol_share: Absolute tolerance as a share of the largest number expected, in place of ``atol``.
     """
 
     file: str
@@ -40,6 +41,7 @@ class Case:
     rtol: float
     atol: float
     others: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
+    atol_share: float | None = None
 
     def tensor(self, name: str, *, requires_grad: bool = False) -> Tensor:
         """Return an array as a fresh tensor of its own type."""
@@ -121,6 +123,7 @@ def read_cases(directory: Path) -> Iterator[Case]:
                     rtol=float(tolerance.get("rtol", 1e-5)),
                     atol=float(tolerance.get("atol", 1e-6)),
                     others={name: values for name, values in every.items() if name != case["case"]},
+                    atol_share=tolerance.get("atol_times_max_abs"),
                 )
 
 
@@ -161,9 +164,17 @@ def _difference(item: Comparison, case: Case) -> float:
     ours, expected = ours.astype(np.float64), expected.astype(np.float64)
     same = (ours == expected) | (np.isnan(ours) & np.isnan(expected))
     rtol = case.rtol if item.rtol is None else item.rtol
-    atol = case.atol if item.atol is None else item.atol
-    with np.errstate(invalid="ignore"):
+    atol = _atol(item, case, expected)
+    with np.errstate(invalid="ignore", divide="ignore"):
         return float(np.where(same, 0.0, np.abs(ours - expected) / (atol + rtol * np.abs(expected))).max())
+
+
+def _atol(item: Comparison, case: Case, expected: np.ndarray) -> float:
+    if item.atol is not None:
+        return item.atol
+    if case.atol_share is None:
+        return case.atol
+    return case.atol_share * float(np.abs(expected[np.isfinite(expected)]).max(initial=0.0))
 
 
 def _told(item: Comparison, difference: float) -> str:

@@ -176,7 +176,7 @@ def show_evaluation(result: Any) -> None:
     shown = worst if len(worst) <= _MOST_CLASSES else worst[: _MOST_CLASSES // 2]
     if shown:
         write()
-        show_table({"class": name, "top1": float(value)} for name, value in shown)
+        show_table({"class": name, result.measure: float(value)} for name, value in shown)
     if len(shown) < len(worst):
         note(f"(the {len(shown)} worst of {len(worst)} classes; --json gives all)")
     if result.skipped:
@@ -184,11 +184,12 @@ def show_evaluation(result: Any) -> None:
 
 
 def show_predictions(result: Any) -> None:
-    """Print each image with its labels, the most probable first."""
+    """Print each image with its labels, the most probable or the largest first."""
     for prediction in result.predictions:
         pairs = zip(prediction.labels, prediction.probs, strict=True)
         labels = ", ".join(f"{label} {100 * prob:.1f} %" for label, prob in pairs)
         saved = f" -> {prediction.saved}" if prediction.saved else ""
+        saved += f", {prediction.saved_map}" if prediction.saved_map else ""
         write(f"{prediction.image}: {labels}{saved}")
 
 
@@ -196,6 +197,8 @@ def show_check(report: Any) -> None:
     """Print what a check of data found: a count of everything it looks for, and the first names of each."""
     for name, value in as_mapping(report).items():
         title = name.replace("_", " ")
+        if value is None:
+            continue
         if isinstance(value, Mapping):
             write(f"{title}: {', '.join(f'{key} {item:,}' for key, item in value.items())}")
         elif isinstance(value, (list, tuple)):
@@ -212,7 +215,7 @@ def show_check(report: Any) -> None:
 def _finding(name: str, item: Any) -> str:
     if isinstance(item, str):
         return item
-    if name == "unreadable":
+    if name in ("unreadable", "wrong_maps"):
         return ": ".join(map(str, item))
     if name == "tiny":
         return f"{item[0]}: {item[1]} x {item[2]}"

@@ -40,8 +40,9 @@ def list_() -> None:
 def check(ctx: click.Context, as_json: bool, **request: Any) -> None:
     """Look for images and classes that would harm a training.
 
-    Reports unreadable, truncated, duplicate, grey and tiny images, empty and one-image classes, and files that are in
-    more than one split. The exit code is 1 where something is wrong.
+    Reports unreadable, truncated, duplicate, grey and tiny images, empty and one-image classes, files that are in more
+    than one split, and maps of classes that are none or have another size than their image. The exit code is 1 where
+    something is wrong.
     """
     from visionkd import workflows
 

@@ -34,7 +34,7 @@ from visionkd.cli._base import argument, new_command, option
 @option("--opset", type=_options.AT_LEAST_1, metavar="N", help="ONNX operator set; the default is the exporter's.")
 @option("--int8", is_flag=True, help="Write INT8; a float model is quantised on images of --data first.")
 @option("--target", type=click.Choice(["cpu", "tensorrt"]), help="Whom INT8 is for; the default is cpu.")
-@option("--max-drop", type=float, metavar="POINTS", stated_default="1", help="Most top-1 that INT8 may lose.")
+@option("--max-drop", type=float, metavar="POINTS", stated_default="1", help="Most top-1 or mIoU that INT8 may lose.")
 @option("--min-speedup", type=float, metavar="X", stated_default="1", help="Least speed-up of INT8 on this machine.")
 @option("--bundle", metavar="DIR", help="Write a directory with all that a device without torch needs.")
 @_options.engine

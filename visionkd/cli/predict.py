@@ -1,4 +1,4 @@
-"""Label images with a model.
+"""Label images with a model, or the pixels of images with a segmentation network.
 
 MODEL is a run directory, a packaged model, a timm or torchvision name, an .onnx file or an .engine file. IMAGE is a
 file, a directory or a pattern. Images that cannot be read are named on standard error, and the exit code is then 1.
@@ -7,6 +7,10 @@ file, a directory or a pattern. Images that cannot be read are named on standard
 Examples:
   visionkd predict runs/student photo.jpg
   visionkd predict runs/student/export/model.onnx photos/ --save labelled/
+
+A segmentation network prints the classes on each image with the share of pixels that each covers. --save writes the
+picture with the classes laid over it and a legend below, and beside it the map itself, NAME.map.png, whose values are
+the class indices.
 """
 
 from __future__ import annotations

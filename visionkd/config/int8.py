@@ -17,7 +17,7 @@ class Int8Config(BaseModel):
         equalize: Bring the channels between two layers to like ranges first.
         correct_bias: Take back the shift that rounding gives to the mean of each channel.
         attention: ``int8`` quantises the products of queries, keys and values too.
-        gates: ``int8`` quantises the layers of squeeze-and-excitation too.
+        gates: ``int8`` quantises the layers of squeeze-and-excitation and of pooling branches too.
         residual: Residual adds that get a quantised skip input: those behind a convolution (``conv``), or ``all``.
         skip: Names of layers that stay in float, ``*`` allowed.
         learned_scales: Let the ranges of activations learn in training; they stay as calibrated otherwise.
@@ -48,7 +48,7 @@ class Int8RunConfig(Int8Config):
             only.
         lr_ratio: Learning rate of that training as a share of the one before it.
         targets: Whom to export for: ``cpu`` (ONNX Runtime), ``tensorrt``.
-        max_drop: Largest loss of top-1 against the float student, in points; layers stay in float to keep it.
+        max_drop: Largest loss of top-1 (or mIoU) against the float student, in points; layers stay in float to keep it.
         min_speedup: Least speed-up against the float student in ONNX Runtime, of target ``cpu``.
     """
 

@@ -37,6 +37,7 @@ def load_config(
     spelled: Mapping[str, str] | None = None,
     again: str | None = None,
     check: Callable[[Mapping[str, Any]], Iterable[Problem]] | None = None,
+    complete: Callable[[dict[str, Any]], None] | None = None,
 ) -> C:
     """Build a checked configuration.
 
@@ -50,6 +51,7 @@ def load_config(
         spelled: The command line's option behind a key of ``overrides``, such as ``--lr``, for messages.
         again: How the recipe was named on the command line, such as ``--config NAME``, to say what to run instead.
         check: Finds further problems in the values that were read and overridden, which may be of any type.
+        complete: Adds, in place, what follows from these values.
 
     Raises:
         RequestError: With every problem found: key path, value given, what is allowed.
@@ -65,6 +67,8 @@ def load_config(
     by_option = [_put_option(values, option, problems) for option in options]
     values, found = plain(values)
     problems += found
+    if complete is not None:
+        complete(values)
     config = None
     try:
         config = kind.model_validate(values)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from visionkd.config.int8 import Int8RunConfig
+from visionkd.config.segmentation import SegmentationConfig
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -23,6 +24,20 @@ Precision = Annotated[
 OnOff = BeforeValidator(lambda value: ("off", "on")[value] if isinstance(value, bool) else value)
 
 
+def _size(value: Any) -> Any:
+    """Return a size as a whole number or as a tuple of two, whatever it was written as; other values are refused."""
+    sides = value if isinstance(value, (list, tuple)) else (value,)
+    if value is None:
+        return None
+    if len(sides) not in (1, 2) or any(type(side) is not int or side < 1 for side in sides):
+        raise ValueError("takes a whole number from 1 up, or for segmentation two: height and width")
+    return sides[0] if len(sides) == 1 else tuple(sides)
+
+
+# A number, or height and width; one message for both.
+ImgSize = Annotated[int | tuple[int, int] | None, BeforeValidator(_size)]
+
+
 class Strict(BaseModel):
     """Base of all sections: unknown keys are errors, values are checked on assignment too."""
 
@@ -33,15 +48,21 @@ class NetworkConfig(Strict):
     """One network.
 
     Attributes:
-        name: timm or torchvision name, alias, run directory, packaged model or ``ARCHITECTURE@FILE``.
+        name: timm or torchvision name, alias, run directory, packaged model or ``ARCHITECTURE@FILE``; for segmentation
+            also ``HEAD_BACKBONE``, such as ``deeplabv3plus_mobilenetv3_large_100``, for detection
+            ``DETECTOR_BACKBONE``, such as ``fcos_mobilenetv3_large_100``.
         pretrained: Start from the published weights.
-        img_size: Input size in pixels; None takes the size the network was trained with.
+        img_size: Input size in pixels, for pixels and boxes also height and width; None takes the size the network was
+            trained with.
+        backbone: MODEL whose weights the backbone of a network for pixels or boxes begins with; None takes published
+            ones.
         args: Further arguments for the network's constructor, such as ``drop_path_rate``.
     """
 
     name: str
     pretrained: bool = True
-    img_size: Positive | None = None
+    img_size: ImgSize = None
+    backbone: str | None = None
     args: dict[str, Any] = {}
 
 
@@ -77,6 +98,8 @@ class DataConfig(Strict):
         unlabeled: Directory of images to train on beside the labelled ones, for methods that use no labels.
         unlabeled_per_class: Keep so many unlabelled images of each class, those that the teacher is surest of.
         near_duplicates: What to do with unlabelled images that show what a validation image or a labelled one shows.
+        classes: Class names of maps, in the order of their values; None reads ``classes.txt``, or counts the values.
+        ignore: Values in maps that stand for no class, besides 255.
     """
 
     path: str = "shapes"
@@ -91,6 +114,8 @@ class DataConfig(Strict):
     unlabeled: str | None = None
     unlabeled_per_class: Positive | None = None
     near_duplicates: Literal["remove", "keep"] = "remove"
+    classes: Annotated[tuple[str, ...], Field(min_length=2, max_length=254)] | None = None
+    ignore: tuple[Annotated[int, Field(ge=0, le=255)], ...] = ()
     shapes: ShapesConfig = ShapesConfig()
 
 
@@ -360,6 +385,7 @@ class RunConfig(Strict):
     task: Literal["auto", "classification", "segmentation", "detection"] = "auto"
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
+    segmentation: SegmentationConfig = SegmentationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig = TrainingConfig()
@@ -373,13 +399,15 @@ class TrainConfig(RunConfig):
 
     Attributes:
         objective: ``supervised`` learns the labels, ``mae`` pre-trains a vision transformer as a masked autoencoder and
-            needs none, ``linear_probe`` fits a classifier on features that stay what they are.
+            needs none, ``contrastive`` learns images and their captions, ``linear_probe`` fits a classifier on features
+            that stay what they are.
         init: MODEL whose weights the network begins with, apart from its classifier.
-        options: The objective's own options; those of ``mae`` are in :mod:`visionkd.methods._mae`.
+        options: The objective's own options; those of ``mae`` are in :mod:`visionkd.methods._mae`, those of
+            ``contrastive`` in :mod:`visionkd.methods._contrastive`.
     """
 
     model: NetworkConfig
-    objective: Literal["supervised", "mae", "linear_probe"] = "supervised"
+    objective: Literal["supervised", "mae", "contrastive", "linear_probe"] = "supervised"
     init: str | None = None
     options: dict[str, Any] = {}
 

@@ -19,14 +19,15 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from visionkd.data.folder import Names
-from visionkd.data.layout import Labels, Opened, fingerprint, read_layout
+from visionkd.data.layout import UNLABELED, Labels, Opened, fingerprint, read_layout
+from visionkd.data.segmentation import DenseOptions, open_dense
 from visionkd.errors import DataError, UnreadableImageError
 from visionkd.files import replacing
 from visionkd.runtime.images import decode_rgb
@@ -141,12 +142,15 @@ def _unpack(content: bytes, method: int, size: int) -> bytes:
     return content
 
 
-def open_archive(path: str | os.PathLike[str], *, labels: Labels = "required") -> Opened:
-    """Open a tar, compressed tar or zip of classes, or of splits of classes.
+def open_archive(
+    path: str | os.PathLike[str], *, labels: Labels = "required", dense: DenseOptions | None = None
+) -> Opened:
+    """Open a tar, compressed tar or zip of classes, of splits of classes, or of pictures with maps of classes.
 
     Args:
         path: The archive.
         labels: What to do without class folders; see :func:`visionkd.data.layout.read_layout`.
+        dense: What the settings say about maps; None takes none.
 
     Raises:
         DataError: If it is no archive, is damaged, or holds no usable images.
@@ -170,10 +174,22 @@ def open_archive(path: str | os.PathLike[str], *, labels: Labels = "required") -
         raise DataError(f"cannot read '{path}': {error.strerror.lower()}") from error
     except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, EOFError, ValueError, zlib.error) as error:
         raise _not_an_archive(path, error) from error
-    layout = read_layout([member.name for member in members], folders, where=os.fspath(path), labels=labels)
-    messages = list(layout.messages)
-    if left_out:
-        messages.append(f"{left_out} members are left out: links, encrypted, oversized or named outside the archive.")
+    name = re.sub(r"(\.tar)?\.\w{2,4}$", "", name) or name
+    said = f"{left_out} members are left out: links, encrypted, oversized or named outside the archive."
+    notes = (said,) if left_out else ()
+    names = [member.name for member in members]
+    if dense is not None:
+
+        def make(indices: np.ndarray) -> ArchiveSource:
+            return ArchiveSource(where, [members[index] for index in indices], np.full(len(indices), UNLABELED))
+
+        stamps = [(member.size, member.stamp) for member in members]
+        opened = open_dense(
+            names, sorted(folders), where=os.fspath(path), name=name, make=make, stamps=stamps, options=dense
+        )
+        if opened is not None:
+            return replace(opened, messages=(*opened.messages, *notes))
+    layout = read_layout(names, folders, where=os.fspath(path), labels=labels)
     sources, parts = {}, []
     for split, found in layout.splits.items():
         chosen = [members[index] for index in found.members]
@@ -181,11 +197,11 @@ def open_archive(path: str | os.PathLike[str], *, labels: Labels = "required") -
         listing = "\n".join(f"{member.name}\t{member.size}\t{member.stamp}" for member in chosen)
         parts += [split.encode(), os.fsencode(listing)]
     return Opened(
-        name=re.sub(r"(\.tar)?\.\w{2,4}$", "", name) or name,
+        name=name,
         classes=layout.classes,
         sources=sources,
         fingerprint=fingerprint(parts),
-        messages=tuple(messages),
+        messages=(*layout.messages, *notes),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visionkd.errors import UnreadableImageError
+from visionkd.data.subset import has_maps
+from visionkd.errors import DataError, UnreadableImageError
 from visionkd.types import Source
 
 AUTO_LIMIT_BYTES = 1_000_000_000
@@ -25,14 +26,18 @@ _RESERVE = 1.1
 class CachedSource:
     """A source whose images lie decoded in one tensor that all loader processes share.
 
-    ``load`` gives uint8 tensors 3 x H x W, which are views of the shared memory and must not be written to.
+    ``load`` gives uint8 tensors 3 x H x W, which are views of the shared memory and must not be written to. Targets
+    that are maps lie behind their images, and are views as well.
     """
 
-    def __init__(self, source: Source, pixels: Tensor, offsets: np.ndarray, shapes: np.ndarray) -> None:
+    def __init__(
+        self, source: Source, pixels: Tensor, offsets: np.ndarray, shapes: np.ndarray, *, maps: bool = False
+    ) -> None:
         self.source = source
         self._pixels = pixels
         self._offsets = offsets
         self._shapes = shapes
+        self._maps = maps
 
     def __len__(self) -> int:
         return len(self.source)
@@ -45,7 +50,13 @@ class CachedSource:
         return self._pixels[start : start + height * width * 3].view(height, width, 3).permute(2, 0, 1)
 
     def target(self, index: int) -> Any:
-        return self.source.target(index)
+        if not self._maps:
+            return self.source.target(index)
+        height, width = self._shapes[index].tolist()
+        if not height:
+            raise UnreadableImageError(f"cannot read '{self.source.name(index)}'")
+        start = int(self._offsets[index]) + height * width * 3
+        return self._pixels[start : start + height * width].view(height, width).numpy()
 
     def name(self, index: int) -> str:
         return self.source.name(index)
@@ -65,7 +76,7 @@ def estimate_bytes(source: Source) -> int:
             image = source.load(index)
         except UnreadableImageError:
             continue
-        sizes.append(image.width * image.height * 3)
+        sizes.append(image.width * image.height * (4 if has_maps(source) else 3))
     return int(sum(sizes) / max(1, len(sizes)) * len(source))
 
 
@@ -89,8 +100,10 @@ def build_cache(
     pixels = torch.empty(expected, dtype=torch.uint8)
     offsets, shapes = np.zeros(count, dtype=np.int64), np.zeros((count, 2), dtype=np.int32)
 
-    def decode(indices: range) -> list[np.ndarray | None]:
-        return [_decode(source, index) for index in indices]
+    maps = has_maps(source)
+
+    def decode(indices: range) -> list[tuple[tuple[int, ...], np.ndarray] | None]:
+        return [_decode(source, index, maps) for index in indices]
 
     used = 0
     workers = len(_affinity())
@@ -99,21 +112,22 @@ def build_cache(
         for start in range(0, count, _PART * workers):
             stop = min(start + _PART * workers, count)
             parts = [range(first, min(first + _PART, stop)) for first in range(start, stop, _PART)]
-            for index, array in zip(range(start, stop), itertools.chain(*pool.map(decode, parts)), strict=True):
-                if array is None:
+            for index, found in zip(range(start, stop), itertools.chain(*pool.map(decode, parts)), strict=True):
+                if found is None:
                     continue
+                shape, array = found
                 if used + array.size > len(pixels):
                     if limit_bytes is not None and used + array.size > limit_bytes * _RESERVE:
                         return None
                     grown = torch.empty(int(len(pixels) * 1.5) + array.size, dtype=torch.uint8)
                     grown[:used] = pixels[:used]
                     pixels = grown
-                pixels.numpy()[used : used + array.size] = array.reshape(-1)
-                offsets[index], shapes[index] = used, array.shape[:2]
+                pixels.numpy()[used : used + array.size] = array
+                offsets[index], shapes[index] = used, shape
                 used += array.size
             if progress is not None:
                 progress(stop, count)
-    return CachedSource(source, pixels[:used], offsets, shapes)
+    return CachedSource(source, pixels[:used], offsets, shapes, maps=maps)
 
 
 def cached(
@@ -137,11 +151,27 @@ def cached(
     return build_cache(source, limit_bytes=AUTO_LIMIT_BYTES, progress=progress) or source
 
 
-def _decode(source: Source, index: int) -> np.ndarray | None:
+def _decode(source: Source, index: int, maps: bool) -> tuple[tuple[int, ...], np.ndarray] | None:
+    """Return height and width of an image, and its pixels in a row, with those of its map behind them."""
     try:
-        return np.asarray(source.load(index))
+        image = np.asarray(source.load(index))
+        if not maps:
+            return image.shape[:2], image.reshape(-1)
+        target = source.target(index)
     except UnreadableImageError:
         return None
+    if target.shape != image.shape[:2]:
+        raise different_sizes(source.name(index), image.shape[:2], target.shape)
+    return image.shape[:2], np.concatenate([image.reshape(-1), target.reshape(-1)])
+
+
+def different_sizes(name: str, image: Sequence[int], target: Sequence[int]) -> DataError:
+    """Return the error about a picture whose map has another height and width."""
+    sizes = " and ".join(f"{width} x {height}" for height, width in (image, target))
+    return DataError(
+        f"'{name}' and its map of classes differ in size: {sizes} pixels",
+        hint="Each map must have the size of its picture; 'visionkd data check' lists all that do not.",
+    )
 
 
 def _affinity() -> set[int]:

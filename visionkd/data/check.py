@@ -7,12 +7,13 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
 
-from visionkd.data.subset import SubsetSource, targets_of
+from visionkd.data.check_maps import MapLook, class_findings, look_at_map
+from visionkd.data.subset import SubsetSource, has_maps, targets_of
 from visionkd.errors import UnreadableImageError
 from visionkd.runtime.images import TruncatedImageError, decode_rgb
 from visionkd.types import DataSet, Source
@@ -37,6 +38,9 @@ class CheckReport:
         tiny: Samples with a side under 16 pixels, with width and height.
         empty_classes: Classes without an image in a split, as ``split: class``.
         one_image_classes: Classes with a single image in all.
+        wrong_maps: Maps of classes that are none, or that do not have the size of their image, with the reason; None
+            where targets are no maps.
+        pixels_percent: Share of each class in the labelled pixels, and that of pixels without a label; as above.
     """
 
     name: str
@@ -50,6 +54,8 @@ class CheckReport:
     tiny: tuple[tuple[str, int, int], ...] = ()
     empty_classes: tuple[str, ...] = ()
     one_image_classes: tuple[str, ...] = ()
+    wrong_maps: tuple[tuple[str, str], ...] | None = None
+    pixels_percent: Mapping[str, float] | None = None
 
     @property
     def problems(self) -> bool:
@@ -63,13 +69,14 @@ class CheckReport:
                 self.leakage,
                 self.empty_classes,
                 self.one_image_classes,
+                self.wrong_maps,
             )
         )
 
     def counts(self) -> dict[str, int]:
         """Return how many entries each list has, by name."""
-        lists = (name for name in self.__dataclass_fields__ if name not in ("name", "num_images"))
-        return {name: len(getattr(self, name)) for name in lists}
+        lists = (name for name in self.__dataclass_fields__ if name not in ("name", "num_images", "pixels_percent"))
+        return {name: len(getattr(self, name)) for name in lists if getattr(self, name) is not None}
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ class _Look:
     truncated: bool = False
     grey: bool = False
     size: tuple[int, int] = (0, 0)
+    map: MapLook | None = None
 
 
 def check_data(dataset: DataSet, progress: Callable[[int, int], None] | None = None) -> CheckReport:
@@ -92,8 +100,8 @@ def check_data(dataset: DataSet, progress: Callable[[int, int], None] | None = N
     """
     splits = _distinct(dataset.splits)
     looks = _look_at_all(splits, progress)
-    unreadable, truncated, grey, tiny = [], [], [], []
-    groups: dict[bytes, list[tuple[str, int, str]]] = defaultdict(list)
+    unreadable, truncated, grey, tiny, wrong_maps = [], [], [], [], []
+    groups: dict[bytes, list[tuple[str, int | bytes | None, str]]] = defaultdict(list)
     for split, source in splits.items():
         targets = targets_of(source)
         for index, look in enumerate(looks[split]):
@@ -107,8 +115,16 @@ def check_data(dataset: DataSet, progress: Callable[[int, int], None] | None = N
                     grey.append(name)
                 if min(look.size) < TINY_PIXELS:
                     tiny.append((name, *look.size))
+            label: int | bytes | None = int(targets[index])
+            if look.map is not None:
+                label = look.map.digest
+                if look.map.reason is not None:
+                    wrong_maps.append((name, look.map.reason))
+                elif look.reason is None and look.map.size != look.size:
+                    sizes = [f"{width} x {height}" for width, height in (look.map.size, look.size)]
+                    wrong_maps.append((name, f"the map has {sizes[0]} pixels, the image {sizes[1]}"))
             if look.digest is not None:
-                groups[look.digest].append((split, int(targets[index]), name))
+                groups[look.digest].append((split, label, name))
     duplicates, conflicting, leakage = [], [], []
     for group in groups.values():
         if len(group) < 2:
@@ -122,7 +138,12 @@ def check_data(dataset: DataSet, progress: Callable[[int, int], None] | None = N
             conflicting.append(names)
         if not several_splits and not several_classes:
             duplicates.append(names)
-    empty, single = _class_problems(dataset.classes, splits)
+    maps = {split: [look.map for look in found if look.map is not None] for split, found in looks.items()}
+    shares = None
+    if dataset.task == "segmentation":
+        empty, single, shares = class_findings(dataset.classes, maps)
+    else:
+        empty, single = _class_problems(dataset.classes, splits)
     return CheckReport(
         name=dataset.name,
         num_images={split: len(source) for split, source in splits.items()},
@@ -135,6 +156,8 @@ def check_data(dataset: DataSet, progress: Callable[[int, int], None] | None = N
         tiny=tuple(tiny),
         empty_classes=empty,
         one_image_classes=single,
+        wrong_maps=None if shares is None else tuple(wrong_maps),
+        pixels_percent=shares,
     )
 
 
@@ -175,6 +198,11 @@ def _look_at_all(splits: Mapping[str, Source], progress: Callable[[int, int], No
 def _look(source: Source, index: int) -> _Look:
     if isinstance(source, SubsetSource):
         return _look(source.base, int(source.indices[index]))
+    look = _look_at_image(source, index)
+    return replace(look, map=look_at_map(source, index)) if has_maps(source) else look
+
+
+def _look_at_image(source: Source, index: int) -> _Look:
     digest = None
     try:
         read = getattr(source, "read", None)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from visionkd.data.layout import Labels, Opened, fingerprint, read_layout
+from visionkd.data.layout import UNLABELED, Labels, Opened, fingerprint, read_layout
+from visionkd.data.segmentation import DenseOptions, open_dense
 from visionkd.errors import DataError, UnreadableImageError
 from visionkd.runtime.images import decode_rgb, walk
 
@@ -81,12 +82,15 @@ class FolderSource:
             raise UnreadableImageError(f"cannot read '{name}': {(error.strerror or str(error)).lower()}") from error
 
 
-def open_folder(path: str | os.PathLike[str], *, labels: Labels = "required") -> Opened:
-    """Open a directory of classes, or of splits of classes.
+def open_folder(
+    path: str | os.PathLike[str], *, labels: Labels = "required", dense: DenseOptions | None = None
+) -> Opened:
+    """Open a directory of classes, of splits of classes, or of pictures with maps of classes.
 
     Args:
         path: The directory.
         labels: What to do without class folders; see :func:`visionkd.data.layout.read_layout`.
+        dense: What the settings say about maps; None takes none.
 
     Raises:
         DataError: If it holds no usable images, or cannot be listed.
@@ -106,6 +110,15 @@ def open_folder(path: str | os.PathLike[str], *, labels: Labels = "required") ->
             f"cannot list '{error.filename or where}': {(error.strerror or str(error)).lower()}",
             hint="Check the permissions of the folder and of those above it.",
         ) from error
+    name = os.path.basename(os.path.abspath(where))
+    if dense is not None:
+
+        def make(indices: np.ndarray) -> FolderSource:
+            return FolderSource(where, [files[index] for index in indices], np.full(len(indices), UNLABELED))
+
+        opened = open_dense(files, folders, where=where, name=name, make=make, stamps=sizes, options=dense)
+        if opened is not None:
+            return opened
     layout = read_layout(files, folders, where=where, labels=labels)
     sources = {}
     parts = []
@@ -123,7 +136,7 @@ def open_folder(path: str | os.PathLike[str], *, labels: Labels = "required") ->
             except UnreadableImageError:
                 parts.append(b"unreadable")
     return Opened(
-        name=os.path.basename(os.path.abspath(where)),
+        name=name,
         classes=layout.classes,
         sources=sources,
         fingerprint=fingerprint(parts),

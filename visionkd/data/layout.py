@@ -15,7 +15,7 @@ import numpy as np
 
 from visionkd.errors import DataError, RequestError
 from visionkd.runtime.images import is_hidden, is_image_name
-from visionkd.types import Source
+from visionkd.types import Source, TaskName
 
 SPLIT_NAMES = {
     "train": "train",
@@ -46,6 +46,7 @@ class Opened:
         sources: Sources by split; a flat data set has the one key ``all``.
         fingerprint: SHA-256 over the samples.
         messages: What was left out, to be said aloud.
+        task: What the targets are.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Opened:
     sources: Mapping[str, Source]
     fingerprint: str
     messages: tuple[str, ...] = ()
+    task: TaskName = "classification"
 
 
 @dataclass
@@ -153,14 +155,14 @@ def _read_splits(tree, dirs: list[list[str]], splits: dict[str, str], where: str
         strangers = sorted(set(named[split]) - set(classes))
         if strangers:
             raise DataError(
-                f"'{where}': {split} has classes that {first} lacks: {_some(strangers)}",
+                f"'{where}': {split} has classes that {first} lacks: {some(strangers)}",
                 hint=f"Give each of them images in {first}, or take them out of {split}.",
             )
         folders = {parts[1] for parts in dirs if len(parts) >= 2 and parts[0] == top and not is_hidden(parts[1])}
         empty = tuple(sorted((folders | set(classes)) - set(named[split])))
         result[split] = _members(named[split], classes, empty)
         if empty:
-            messages.append(f"{split} has no images of {_some(empty)}.")
+            messages.append(f"{split} has no images of {some(empty)}.")
     return _checked(Layout(classes, result, messages), where)
 
 
@@ -180,7 +182,7 @@ def _read_flat(tree, dirs: list[list[str]], where: str) -> Layout:
     classes = tuple(sorted(named))
     empty = tuple(sorted({parts[0] for parts in dirs if not is_hidden(parts[0])} - set(classes)))
     if empty:
-        messages.append(f"Folders without images are left out: {_some(empty)}.")
+        messages.append(f"Folders without images are left out: {some(empty)}.")
     return _checked(Layout(classes, {"all": _members(named, classes, empty)}, messages), where)
 
 
@@ -224,7 +226,8 @@ def _checked(layout: Layout, where: str) -> Layout:
     return layout
 
 
-def _some(names: Sequence[str], most: int = 5) -> str:
+def some(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names, quoted, and how many more there are."""
     shown = ", ".join(f"'{name}'" for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
@@ -256,10 +259,15 @@ def _refuse_other_tasks(paths: list[list[str]], dirs: list[list[str]], where: st
             task = "segmentation"
     if any(len(parts) <= 3 and parts[-1].lower().endswith(".coco.json") for parts in paths):
         task = "detection"
+    if task == "segmentation":
+        raise RequestError(
+            f"'{where}' looks like data for segmentation, not for classification",
+            hint=f"Leave out --task classification. For that task: {_EXPECTED.lower()}.",
+        )
     if task:
         raise RequestError(
             f"'{where}' looks like data for {task}; this task is not supported yet by this version",
-            hint=f"This version does classification. {_EXPECTED}.",
+            hint=f"This version does classification and segmentation. {_EXPECTED}.",
         )
 
 

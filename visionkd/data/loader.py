@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from visionkd.data.cache import CachedSource, _affinity, cached
+from visionkd.data.cache import CachedSource, _affinity, cached, different_sizes
 from visionkd.data.sampler import EvalBatchSampler, PositionedSampler, view_seed
 from visionkd.errors import DataError, UnreadableImageError, VisionKDError
 from visionkd.types import Source
@@ -26,6 +26,8 @@ _MOST_REPLACEMENTS = 1000
 _MOST_WORKERS = 8
 _SMALL_BATCH_BYTES = 4_000_000
 _ERROR = "error"
+# How maps of different sizes travel: their pixels in a row, and height and width of each.
+_MAPS, _SIZES = "maps", "map_sizes"
 
 
 def default_workers(world_size: int = 1) -> int:
@@ -64,8 +66,20 @@ class _Batches(Dataset):
         else:
             height, width = getattr(self.transform, "img_size", (1, 1))
             stacked = torch.empty((0, 3, height, width), dtype=torch.uint8)
-        batch = {"image": stacked, "target": torch.tensor(targets, dtype=torch.int64)}
+        batch = {"image": stacked} | self._targets(targets)
         return batch | {name: torch.tensor(values, dtype=torch.int64) for name, values in rest.items()}
+
+    def _targets(self, targets: list[Any]) -> dict[str, Tensor]:
+        return {"target": torch.tensor(targets, dtype=torch.int64)}
+
+    def _view(self, index: int, image: Any, target: Any) -> tuple[Tensor, Any]:
+        """Transform a sample, together with its target where that is a map."""
+        if not getattr(self.transform, "joint", False):
+            return self.transform(image), target
+        size = (image.height, image.width) if hasattr(image, "height") else tuple(image.shape[1:])
+        if size != tuple(target.shape):
+            raise different_sizes(self.source.name(index), size, tuple(target.shape))
+        return self.transform(image, target)
 
 
 def _empty(shape: Sequence[int]) -> Tensor:
@@ -83,36 +97,42 @@ class _TrainBatches(_Batches):
         # The main process's own randomness must not notice; a loader process has no other use for it.
         state = None if get_worker_info() is not None else (torch.get_rng_state(), random.getstate())
         try:
-            images, indices, unreadable = [], [], []
-            loaded: tuple[int, Any, int] = (-1, None, -1)
+            images, targets, indices, unreadable = [], [], [], []
+            loaded: tuple[int, Any, Any, int] = (-1, None, None, -1)
             for index, view in pairs:
                 if loaded[0] != index:  # several views of one image follow one another
                     loaded = (index, *self._read(index))
-                _, image, used = loaded
-                images.append(self._view(image, used, view))
+                _, sample, label, used = loaded
+                self._seed(used, view)
+                image, target = self._view(used, sample, label)
+                images.append(image)
+                targets.append(target)
                 indices.append(used)
                 unreadable.append(-1 if used == index else index)
         finally:
             if state is not None:
                 torch.set_rng_state(state[0])
                 random.setstate(state[1])
-        targets = [self.source.target(index) for index in indices]
         views = [view for _, view in pairs]
         return self._collate(images, targets, index=indices, view=views, unreadable=unreadable)
 
-    def _view(self, image: Any, index: int, view: int) -> Tensor:
+    def _targets(self, targets: list[Any]) -> dict[str, Tensor]:
+        if not getattr(self.transform, "joint", False):
+            return super()._targets(targets)
+        return {"target": torch.stack(targets, out=_empty((len(targets), *targets[0].shape)))}
+
+    def _seed(self, index: int, view: int) -> None:
         seed = view_seed(self.view_seed, view, index)
         torch.default_generator.manual_seed(seed >> 1)
         random.seed(seed)
-        return self.transform(image)
 
-    def _read(self, index: int) -> tuple[Any, int]:
-        """The image of a sample, or of the next one that can be read; and that one's index."""
+    def _read(self, index: int) -> tuple[Any, Any, int]:
+        """Image and target of a sample, or of the next one that can be read; and that one's index."""
         count = len(self.source)
         for step in range(min(count, _MOST_REPLACEMENTS)):
             used = (index + step) % count
             try:
-                return self.source.load(used), used
+                return self.source.load(used), self.source.target(used), used
             except UnreadableImageError:
                 continue
         raise DataError(
@@ -123,15 +143,28 @@ class _TrainBatches(_Batches):
 
 class _EvalBatches(_Batches):
     def _batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        images, kept, skipped = [], [], []
+        images, targets, kept, skipped = [], [], [], []
         for index in indices:
             try:
-                images.append(self.transform(self.source.load(index)))
-                kept.append(index)
+                sample = self.source.load(index), self.source.target(index)
             except UnreadableImageError:
                 skipped.append(index)
-        batch = self._collate(images, [self.source.target(index) for index in kept], index=kept)
+                continue
+            image, target = self._view(index, *sample)
+            images.append(image)
+            targets.append(target)
+            kept.append(index)
+        batch = self._collate(images, targets, index=kept)
         return batch | {"unreadable": torch.tensor(skipped, dtype=torch.int64)}
+
+    def _targets(self, targets: list[Any]) -> dict[str, Tensor]:
+        if not getattr(self.transform, "joint", False):
+            return super()._targets(targets)
+        # One tensor for all maps, whatever their sizes: each tensor that a loader process sends holds a file open.
+        flat = _empty((sum(target.numel() for target in targets),))
+        if targets:
+            torch.cat([target.flatten() for target in targets], out=flat)
+        return {_MAPS: flat, _SIZES: torch.tensor([list(each.shape) for each in targets], dtype=torch.int64)}
 
 
 def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +177,7 @@ def _start_worker(_: int) -> None:
 
 
 class _Received:
-    """Raises errors that loader processes sent."""
+    """Raises errors that loader processes sent, and takes maps of different sizes apart again."""
 
     def __init__(self, batches: Iterator[dict[str, Any]]) -> None:
         self._batches = batches
@@ -156,6 +189,10 @@ class _Received:
         batch = next(self._batches)
         if _ERROR in batch:
             raise batch[_ERROR]
+        if _MAPS in batch:
+            sizes = batch.pop(_SIZES).tolist()
+            parts = batch.pop(_MAPS).split([height * width for height, width in sizes]) if sizes else ()
+            batch["target"] = [part.view(*size) for part, size in zip(parts, sizes, strict=True)]
         return batch
 
 
@@ -196,7 +233,8 @@ class TrainLoader(_Loader):
     """Endless in epochs, exact in position; see :class:`PositionedSampler`.
 
     Batches hold ``image`` (uint8, B x 3 x H x W), ``target``, ``index``, ``view`` and ``unreadable`` (the index of the
-    sample whose place was taken by another, else -1); all but the first int64, B.
+    sample whose place was taken by another, else -1); all but the first int64, B. Targets that are maps are uint8,
+    B x H x W.
     """
 
     batch_sampler: PositionedSampler
@@ -231,7 +269,10 @@ class TrainLoader(_Loader):
 
 
 class EvalLoader(_Loader):
-    """Batches hold ``image``, ``target``, ``index`` of readable samples; ``unreadable`` lists the indices left out."""
+    """Batches hold ``image``, ``target``, ``index`` of readable samples; ``unreadable`` lists the indices left out.
+
+    Targets that are maps come as a list of uint8 tensors, each at the size of its picture.
+    """
 
 
 def train_loader(
@@ -305,6 +346,8 @@ def eval_loader(
         progress: Called with images decoded and images in all while the cache is filled.
     """
     source = cached(source, cache, progress=progress)
+    if getattr(transform, "native", False):
+        batch_size = 1  # pictures of many sizes are no batch
     sampler = EvalBatchSampler(len(source), batch_size, rank=rank, world_size=world_size)
     workers = default_workers(world_size) if workers is None else workers
     return EvalLoader(_EvalBatches(source, transform), sampler, workers, batch_size, pin_memory)

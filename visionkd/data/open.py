@@ -11,6 +11,7 @@ from visionkd.data import known
 from visionkd.data.archive import open_archive
 from visionkd.data.folder import open_folder
 from visionkd.data.layout import Labels, Opened, fingerprint
+from visionkd.data.segmentation import MASK_CLASSES, DenseOptions, ShapesMasks
 from visionkd.data.shapes import CLASSES, MAX_SIZE, MIN_SIZE, ShapesSource
 from visionkd.data.subset import SubsetSource, stratified_split, stratified_subset, targets_of
 from visionkd.errors import Problem, RequestError, did_you_mean
@@ -20,6 +21,7 @@ SHAPES = "shapes"
 # Far beyond any number of training scenes, and a multiple of the number of classes.
 _VAL_SCENES = 1 << 40
 _TRAINED = ("train", "all")
+_TASKS = ("classification", "segmentation")
 
 
 def known_names() -> tuple[str, ...]:
@@ -43,7 +45,7 @@ def open_data(
         config: Splits, limits and the settings of ``shapes``; its own ``path`` is not read.
         seed: Decides which samples are held out or kept where that is left to chance.
         img_size: Size of drawn scenes where ``config.shapes.size`` is None.
-        task: ``auto`` or ``classification``; other tasks are refused.
+        task: ``auto`` takes what the layout says; ``segmentation`` of ``shapes`` gives its maps.
         classes: Gives the class names of images that have no labels, whose targets are then -1. None refuses such data.
 
     Returns:
@@ -57,11 +59,13 @@ def open_data(
     """
     config = config or DataConfig()
     path = os.fspath(path)
-    if task not in ("auto", "classification"):
-        raise RequestError(Problem("--task", f"'{task}' is not supported yet by this version", "Use classification"))
-    opened = _open(path, config, img_size, "required" if classes is None else "optional")
-    labeled = bool(opened.classes)
-    if classes is not None and not labeled:
+    if task not in ("auto", *_TASKS):
+        raise RequestError(
+            Problem("--task", f"'{task}' is not supported yet by this version", f"Use {' or '.join(_TASKS)}")
+        )
+    opened = _open(path, config, img_size, "required" if classes is None else "optional", task)
+    labeled = bool(opened.classes) and opened.task == "classification"
+    if classes is not None and not opened.classes:
         opened = dataclasses.replace(opened, classes=tuple(classes()))
     splits, messages = _choose_splits(opened, config, seed)
     for split, limit in (("train", config.limit_train), ("val", config.limit_val)):
@@ -78,7 +82,7 @@ def open_data(
         parts.append(splits["train"].indices.tobytes())
     return DataSet(
         name=opened.name,
-        task="classification",
+        task=opened.task,
         classes=opened.classes,
         splits=splits,
         fingerprint=fingerprint(parts) if len(parts) > 1 else opened.fingerprint,
@@ -86,18 +90,21 @@ def open_data(
     )
 
 
-def _open(path: str, config: DataConfig, img_size: int, labels: Labels) -> Opened:
+def _open(path: str, config: DataConfig, img_size: int, labels: Labels, task: str) -> Opened:
     place = os.path.expanduser(path)
+    dense = None
+    if task != "classification":
+        dense = DenseOptions(required=task == "segmentation", classes=config.classes, ignore=config.ignore)
     if path in known_names():
         if not os.path.isdir(place) or not os.listdir(place):
-            return _open_shapes(config, img_size) if path == SHAPES else known.open_known(path)
-        opened = open_folder(place, labels=labels)
+            return _open_shapes(config, img_size, task) if path == SHAPES else _open_known(path, task)
+        opened = open_folder(place, labels=labels, dense=dense)
         said = f"'{path}' is taken as the directory of that name here, not as the known data set."
         return dataclasses.replace(opened, messages=(said, *opened.messages))
     if os.path.isdir(place):
-        return open_folder(place, labels=labels)
+        return open_folder(place, labels=labels, dense=dense)
     if os.path.exists(place):
-        return open_archive(place, labels=labels)
+        return open_archive(place, labels=labels, dense=dense)
     hint = did_you_mean(path, known_names()) if os.sep not in path else ""
     listing = "'visionkd data list' shows the known names."
     raise RequestError(
@@ -106,18 +113,34 @@ def _open(path: str, config: DataConfig, img_size: int, labels: Labels) -> Opene
     )
 
 
-def _open_shapes(config: DataConfig, img_size: int) -> Opened:
+def _open_known(name: str, task: str) -> Opened:
+    if task == "segmentation":
+        raise RequestError(
+            Problem("--task", f"'{name}' has no maps of classes for segmentation", "Give a directory, or shapes")
+        )
+    return known.open_known(name)
+
+
+def _open_shapes(config: DataConfig, img_size: int, task: str) -> Opened:
     shapes = config.shapes
+    maps = task == "segmentation"
+    kind = ShapesMasks if maps else ShapesSource
     size = shapes.size or min(max(img_size, MIN_SIZE), MAX_SIZE)
     return Opened(
         name=SHAPES,
-        classes=CLASSES,
+        classes=MASK_CLASSES if maps else CLASSES,
         sources={
-            "train": ShapesSource(shapes.seed, shapes.num_train, size),
-            "val": ShapesSource(shapes.seed, shapes.num_val, size, first=_VAL_SCENES),
+            "train": kind(shapes.seed, shapes.num_train, size),
+            "val": kind(shapes.seed, shapes.num_val, size, first=_VAL_SCENES),
         },
         # Bump the version whenever the drawing changes: stored teacher labels belong to the pictures.
-        fingerprint=fingerprint([b"shapes-v1", str((shapes.seed, shapes.num_train, shapes.num_val, size)).encode()]),
+        fingerprint=fingerprint(
+            [
+                b"shapes-maps-v1" if maps else b"shapes-v1",
+                str((shapes.seed, shapes.num_train, shapes.num_val, size)).encode(),
+            ]
+        ),
+        task="segmentation" if maps else "classification",
     )
 
 

@@ -38,8 +38,15 @@ class SubsetSource:
         return self.base.name(int(self.indices[index]))
 
 
+def has_maps(source: Source) -> bool:
+    """Whether the targets of a source are maps of classes, as large as its images."""
+    if isinstance(source, SubsetSource):
+        source = source.base
+    return bool(getattr(source, "maps", False))
+
+
 def targets_of(source: Source) -> np.ndarray:
-    """Return the class index of every sample, N of int64, without decoding any image."""
+    """Return the class index of every sample, N of int64, without decoding any image; -1 where a map has many."""
     if isinstance(source, SubsetSource):
         return targets_of(source.base)[source.indices]
     targets = getattr(source, "targets", None)

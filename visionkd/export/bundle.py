@@ -116,16 +116,18 @@ def _texts(found: OnnxFile, kinds: set[str]) -> dict[str, str]:
 
 
 def _preprocessing(found: OnnxFile) -> dict[str, Any]:
-    spec = json.loads(found.metadata["input"])
+    dense = found.metadata["task"] == "segmentation"
+    views = ["resize the shorter side to floor(img_size / crop_pct), antialiased", "cut out the centre"]
+    answers = {"output": "resize the logits bilinearly to the image's own size, then take the largest of each pixel"}
     return {
-        "input": spec,
+        "input": json.loads(found.metadata["input"]),
         "steps": [
             "decode as RGB, with the orientation of the file applied",
-            "resize the shorter side to floor(img_size / crop_pct), antialiased",
-            "cut out the centre",
+            *(["resize the whole image to img_size, antialiased"] if dense else views),
             "divide by 255: float32 N x 3 x H x W in [0, 1]",
         ],
         "normalization": "part of the model: mean and std are not to be applied again",
+        **(answers if dense else {}),
     }
 
 

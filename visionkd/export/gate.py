@@ -10,15 +10,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visionkd.errors import WorkError
+from visionkd.export.accuracy import Truth, score
+from visionkd.export.onnx import file_logits, unit
 from visionkd.models.modes import evaluating
 from visionkd.models.network import Network
 from visionkd.quantization.insert import activation_quantizers, int8_layers, leave_float, set_mode
+from visionkd.types import Output
 
-#: Largest loss of top-1 against the float twin, in points.
+#: Largest loss of accuracy against the float twin, in points.
 MAX_DROP = 1.0
 #: Least ratio of the float twin's time to the INT8 file's.
 MIN_SPEEDUP = 1.0
-_BATCH = 32
+_BATCH, _DENSE_BATCH = 32, 4
 _MOST_FLOAT = 0.5
 
 
@@ -32,7 +35,8 @@ class LayerSensitivity:
 
     Attributes:
         name: The layer.
-        divergence: Mean KL divergence of the network's probabilities from the reference's, in nats.
+        divergence: Mean KL divergence of the network's probabilities from the reference's over images, or over pixels,
+            in nats.
     """
 
     name: str
@@ -41,10 +45,22 @@ class LayerSensitivity:
 
 @torch.inference_mode()
 def logits_of(network: Network, images: Tensor) -> Tensor:
-    """Return the logits, N x C, for ``images``, N x 3 x H x W uint8 or in [0, 1], in eval mode."""
+    """Return the logits for ``images``, N x 3 x H x W uint8 or in [0, 1], in eval mode.
+
+    Returns:
+        N x C; for segmentation N x C x h x w at the network's own stride, which is what fits into memory.
+    """
     device = next(network.net.parameters()).device
+    size = _BATCH if network.task == "classification" else _DENSE_BATCH
     with evaluating(network):
-        return torch.cat([network(_unit(batch).to(device)).logits.float().cpu() for batch in images.split(_BATCH)])
+        return torch.cat([network(unit(batch).to(device)).logits.float().cpu() for batch in images.split(size)])
+
+
+@torch.inference_mode()
+def accuracy(network: Network, logits: Tensor, truth: Truth) -> float:
+    """Return the accuracy in percent of logits from :func:`logits_of`, brought into the form that a file gives."""
+    batches = logits.split(_BATCH if logits.ndim == 2 else _DENSE_BATCH)
+    return score(truth, (file_logits(network, Output(logits=batch)).numpy() for batch in batches))
 
 
 @torch.inference_mode()
@@ -60,7 +76,7 @@ def sensitivity(
     Args:
         network: Quantised and calibrated; its quantisers are all on afterwards.
         images: N x 3 x H x W; labels are not needed.
-        reference: Logits of the teacher on them, N x C; None takes those of the network in float.
+        reference: Logits of the teacher on them, as ``logits_of`` gives them; None takes the network's in float.
         on_layer: Is told the layers done and their number.
 
     Returns:
@@ -71,12 +87,13 @@ def sensitivity(
     try:
         set_mode(network, "off")
         target = F.log_softmax(logits_of(network, images) if reference is None else reference.float().cpu(), 1)
+        classes = target.shape[1]
         for done, (name, layer) in enumerate(layers.items(), 1):
             layer.weight_quantizer.enabled = True
             for used in inputs.get(name, ()):
                 quantizers[used].mode = "quantize"
             probs = F.log_softmax(logits_of(network, images), 1)
-            divergence = float(F.kl_div(probs, target, reduction="batchmean", log_target=True))
+            divergence = float(F.kl_div(probs, target, reduction="sum", log_target=True)) / (probs.numel() / classes)
             found.append(LayerSensitivity(name, max(divergence, 0.0)))
             layer.weight_quantizer.enabled = False
             for used in inputs.get(name, ()):
@@ -94,14 +111,16 @@ def repair(
     drop_of: Callable[[Network], float],
     *,
     max_drop: float,
+    title: str = "top-1",
 ) -> tuple[Network, tuple[str, ...]]:
     """Leave the worst layers in float, 1, 2, 4, ... of them, until ``drop_of`` is at most ``max_drop``.
 
     Args:
         network: Quantised.
         ranked: From ``sensitivity``.
-        drop_of: Measures a candidate's loss of top-1 in points.
+        drop_of: Measures a candidate's loss of accuracy in points.
         max_drop: What is allowed.
+        title: What the accuracy is called.
 
     Returns:
         The repaired network and the names of the layers it has in float now.
@@ -123,7 +142,7 @@ def repair(
         count *= 2
     worst = ", ".join(row.name for row in ranked[:3])
     raise Refused(
-        f"INT8 loses {drop:.2f} points of top-1 even with {min(count, most)} of {len(ranked)} layers in float, and"
+        f"INT8 loses {drop:.2f} points of {title} even with {min(count, most)} of {len(ranked)} layers in float, and"
         f" {max_drop:g} are allowed (--max-drop); the most sensitive layers are {worst}; no file was left",
         hint="Train with the quantisers on: visionkd quantize MODEL --data DATA --epochs 5 --teacher MODEL",
     )
@@ -143,10 +162,6 @@ def check_speed(float_ms: float, int8_ms: float, *, min_speedup: float) -> float
             hint="Keep the float file, or pass --min-speedup 0 if the file is for another machine.",
         )
     return speedup
-
-
-def _unit(batch: Tensor) -> Tensor:
-    return batch.float().div(255.0) if batch.dtype == torch.uint8 else batch.float()
 
 
 def _inputs(network: Network) -> dict[str, list[str]]:

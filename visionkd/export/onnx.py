@@ -24,7 +24,7 @@ from visionkd.export.int8_graph import is_int8, signed_form
 from visionkd.files import replacing
 from visionkd.models.factory import Network
 from visionkd.models.weights import weights_sha256
-from visionkd.types import TaskName
+from visionkd.types import Output, TaskName
 
 INPUT_NAME = "image"
 OUTPUT_NAME = "logits"
@@ -57,7 +57,7 @@ class _Logits(nn.Module):
         self.network = network
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.network(image).logits
+        return file_logits(self.network, self.network(image))
 
 
 def export_onnx(
@@ -74,9 +74,9 @@ def export_onnx(
 ) -> OnnxExport:
     """Write ``network`` as one ONNX file.
 
-    Its input is ``image``, float32 N x 3 x H x W in [0, 1] with the network's own H and W, its output ``logits``,
-    N x C; N is free. Normalisation is part of the graph. The network itself is left as it is. A network quantised to
-    INT8 becomes a signed Q/DQ graph, for ``qdq.to_target`` to rewrite.
+    Its input is ``image``, float32 N x 3 x H x W in [0, 1] with the network's own H and W. Its output is ``logits``,
+    N x C, or N x C x H x W for segmentation; N is free. Normalisation is part of the graph. The network itself is left
+    as it is. A network quantised to INT8 becomes a signed Q/DQ graph, for ``qdq.to_target`` to rewrite.
 
     Args:
         network: What to export.
@@ -138,6 +138,16 @@ def export_onnx(
         if check is not None:
             check(temporary)
     return OnnxExport(path, path.stat().st_size / 1e6, version, metadata)
+
+
+def file_logits(network: Network, output: Output) -> Tensor:
+    """Return logits as an exported file gives them: N x C, or maps at the size of the input, N x C x H x W."""
+    return network.at_input_size(output) if network.task == "segmentation" else output.logits
+
+
+def unit(images: Tensor) -> Tensor:
+    """Return images in [0, 1], from uint8 or from what is so already."""
+    return images.float().div(255.0) if images.dtype == torch.uint8 else images.float()
 
 
 def portable(network: Network) -> Network:

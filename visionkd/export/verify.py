@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 
 from visionkd.errors import WorkError
-from visionkd.export.onnx import portable
+from visionkd.export.accuracy import Truth
+from visionkd.export.onnx import file_logits, portable, unit
 from visionkd.models.factory import Network
-from visionkd.runtime.metrics import top_k_accuracy
 from visionkd.runtime.ort import OrtModel
 from visionkd.runtime.session import Session
 
 #: Largest difference between two logits, as a share of the largest logit. Float rounding stays below 1e-5; a graph that
 #: computes something else is above 1e-2.
 TOLERANCE = 1e-3
-#: Largest loss of top-1, in points.
+#: Largest loss of accuracy, in points.
 MAX_DROP = 1.0
 _SINGLES = 4
 # Of the distance that quantisation itself has moved the logits. A file that does not quantise at all is at 1.
 _SIGNED_SHARE, _ROUNDED_SHARE = 0.5, 2.0
 # Of the distance between PyTorch in float32 and in float64, which is nothing but values on a tie.
-_NOISE_SHARE, _NOISE_IMAGES = 2.0, 16
+_NOISE_SHARE, _NOISE_IMAGES, _NOISE_BATCH = 2.0, 16, 4
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,10 @@ class Verification:
         max_abs_diff: Largest difference between two logits.
         relative_diff: The same as a share of the largest logit.
         rms_diff: Root mean square of the differences as a share of that of the logits.
-        agreement: Percent of images with the same top-1 class.
-        top1_torch: Accuracy of the network in percent; None without targets.
-        top1_exported: Accuracy of the file in percent; None without targets.
+        agreement: Percent of images, or of pixels, with the same class.
+        metric: Name of the accuracy, such as ``top1``; None without right answers.
+        torch: Accuracy of the network in percent.
+        exported: Accuracy of the file in percent.
         batch_sizes: Batch sizes that were run.
     """
 
@@ -49,8 +50,9 @@ class Verification:
     relative_diff: float
     rms_diff: float
     agreement: float
-    top1_torch: float | None
-    top1_exported: float | None
+    metric: str | None
+    torch: float | None
+    exported: float | None
     batch_sizes: tuple[int, ...]
 
 
@@ -58,7 +60,7 @@ def verify_onnx(
     network: Network,
     path: str | os.PathLike[str],
     images: Tensor | np.ndarray,
-    targets: Tensor | np.ndarray | None = None,
+    truth: Truth | None = None,
     *,
     batch_size: int = 16,
     tolerance: float = TOLERANCE,
@@ -70,17 +72,17 @@ def verify_onnx(
         network: The network that the file was exported from.
         path: The file.
         images: N x 3 x H x W with the network's H and W: uint8, or float in [0, 1].
-        targets: N class indices, for the accuracy of both.
+        truth: Right answers about them, for the accuracy of both.
         batch_size: Batch size above 1.
         tolerance: Largest ``relative_diff``.
-        max_drop: Largest loss of top-1, in points.
+        max_drop: Largest loss of accuracy, in points.
 
     Raises:
         WorkError: If a limit is passed, after the file was removed.
     """
     try:
-        found = _compare(portable(network), path, images, targets, batch_size)
-        _judge(found, network.architecture, tolerance, max_drop)
+        found = _compare(portable(network), path, images, truth, batch_size)
+        _judge(found, network.architecture, tolerance, max_drop, truth)
     except BaseException:
         Path(path).unlink(missing_ok=True)
         raise
@@ -91,7 +93,7 @@ def _compare(
     network: Network,
     path: str | os.PathLike[str],
     images: Tensor | np.ndarray,
-    targets: Tensor | np.ndarray | None,
+    truth: Truth | None,
     batch_size: int,
     optimize: bool = True,
 ) -> Verification:
@@ -101,48 +103,62 @@ def _compare(
     session = Session(OrtModel(path, optimize=optimize))
     if session.input != network.input:
         raise WorkError(f"the file describes another input ({session.input}) than the network's ({network.input})")
+    singles = list(images[:_SINGLES].split(1))
     # A batch of one first, then full ones, and a last one that is smaller: three sizes where there are enough images.
-    chunks = [images[i : i + 1] for i in range(min(_SINGLES, len(images)))]
-    singles = len(chunks)
-    chunks += list(images.split(max(2, batch_size)))
-    if len(images) == 1:
-        chunks[-1] = images.repeat(2, 1, 1, 1)
-    expected, given = [], []
-    for chunk in chunks:
-        batch = chunk.float().div(255.0) if chunk.dtype == torch.uint8 else chunk.float()
+    chunks = [*singles, *images.split(max(2, batch_size))]
+    seen, tallies = _Differences(), None if truth is None else (truth.tally(), truth.tally())
+    for number, chunk in enumerate(chunks):
+        repeated = number >= len(singles) and len(images) == 1
+        batch = unit(chunk.repeat(2, 1, 1, 1) if repeated else chunk)
         with torch.inference_mode():
-            expected.append(network(batch).logits.numpy())
-        given.append(session.predict_logits(batch.numpy()))
-        if given[-1].shape != expected[-1].shape:
-            raise WorkError(
-                f"the file answers with {given[-1].shape} where the network answers with {expected[-1].shape}"
-            )
-    diffs = [np.abs(a - b).max() for a, b in zip(expected, given, strict=True)]
-    scale = max(float(np.abs(logits).max()) for logits in expected)
-    max_abs = float(np.max(diffs))  # NaN, if any, wins
-    reference, exported = np.concatenate(expected[singles:]), np.concatenate(given[singles:])
-    top1 = (None, None)
-    if targets is not None:
-        labels = np.asarray(targets)
-        labels = np.repeat(labels, 2) if len(images) == 1 else labels
-        top1 = (top_k_accuracy(reference, labels, 1), top_k_accuracy(exported, labels, 1))
+            expected = file_logits(network, network(batch)).numpy()
+        given = session.predict_logits(batch.numpy())
+        if given.shape != expected.shape:
+            raise WorkError(f"the file answers with {given.shape} where the network answers with {expected.shape}")
+        seen.add(given, expected, averaged=number >= len(singles))
+        if tallies is not None and number >= len(singles):
+            for tally, logits in zip(tallies, (expected, given), strict=True):
+                tally.add(logits[: len(chunk)])
+    sizes = {len(chunk) for chunk in chunks} | ({2} if len(images) == 1 else set())
     return Verification(
         num_images=len(images),
-        max_abs_diff=max_abs,
-        relative_diff=max_abs / scale if scale > 0 else max_abs,
-        rms_diff=rms_difference(exported, reference),
-        agreement=100.0 * float((reference.argmax(1) == exported.argmax(1)).mean()),
-        top1_torch=top1[0],
-        top1_exported=top1[1],
-        batch_sizes=tuple(sorted({len(chunk) for chunk in chunks})),
+        max_abs_diff=seen.largest,
+        relative_diff=seen.largest / seen.scale if seen.scale > 0 else seen.largest,
+        rms_diff=seen.rms,
+        agreement=100.0 * seen.same / seen.count,
+        metric=None if truth is None else truth.metric,
+        torch=None if tallies is None else tallies[0].percent(),
+        exported=None if tallies is None else tallies[1].percent(),
+        batch_sizes=tuple(sorted(sizes)),
     )
+
+
+class _Differences:
+    """Sums over batches: maps of many images would not fit into memory together."""
+
+    def __init__(self) -> None:
+        self.largest = self.scale = self.squares = self.reference = 0.0
+        self.same = self.count = 0
+
+    def add(self, given: np.ndarray, expected: np.ndarray, *, averaged: bool) -> None:
+        self.largest = float(np.maximum(self.largest, np.abs(given - expected).max()))  # NaN, if any, wins
+        self.scale = max(self.scale, float(np.abs(expected).max()))
+        if averaged:
+            self.squares += float(np.square(np.subtract(given, expected, dtype=np.float64)).sum())
+            self.reference += float(np.square(expected, dtype=np.float64).sum())
+            equal = given.argmax(1) == expected.argmax(1)
+            self.same, self.count = self.same + int(equal.sum()), self.count + equal.size
+
+    @property
+    def rms(self) -> float:
+        return float(np.sqrt(self.squares / (self.reference or self.count)))
 
 
 def verify_int8(
     network: Network,
     path: str | os.PathLike[str],
     images: Tensor | np.ndarray,
-    targets: Tensor | np.ndarray | None = None,
+    truth: Truth | None = None,
     *,
     own_error: float,
     rounds_results: bool,
@@ -161,7 +177,7 @@ def verify_int8(
         network: The quantised network that the file was exported from.
         path: The file.
         images: N x 3 x H x W with the network's H and W: uint8, or float in [0, 1].
-        targets: N class indices, for the accuracy of both.
+        truth: Right answers about them, for the accuracy of both.
         own_error: ``rms_difference`` of the network and its float twin.
         rounds_results: Whether the file rounds in more places than the network; it runs as on a device then, and
             node by node otherwise.
@@ -170,7 +186,7 @@ def verify_int8(
     Raises:
         WorkError: If the file is further away.
     """
-    found = _compare(portable(network), path, images, targets, batch_size, optimize=rounds_results)
+    found = _compare(portable(network), path, images, truth, batch_size, optimize=rounds_results)
     noise = tie_noise(network, torch.as_tensor(images)[:_NOISE_IMAGES])
     limit = max(TOLERANCE, own_error * (_ROUNDED_SHARE if rounds_results else _SIGNED_SHARE), _NOISE_SHARE * noise)
     if not found.rms_diff <= limit:  # written so that NaN fails
@@ -187,9 +203,12 @@ def verify_int8(
 def tie_noise(network: Network, images: Tensor) -> float:
     """Return how far a quantised network in float32 is from the same in float64, as :func:`rms_difference`."""
     plain = portable(network)
-    batch = images.float().div(255.0) if images.dtype == torch.uint8 else images.float()
-    single = plain(batch).logits.numpy()
-    return rms_difference(single, plain.double()(batch.double()).logits.numpy())
+    batches = [unit(batch) for batch in images.split(_NOISE_BATCH)]
+    single = [plain(batch).logits.numpy() for batch in batches]
+    double = plain.double()
+    return rms_difference(
+        np.concatenate(single), np.concatenate([double(batch.double()).logits.numpy() for batch in batches])
+    )
 
 
 def rms_difference(values: np.ndarray, reference: np.ndarray) -> float:
@@ -198,7 +217,7 @@ def rms_difference(values: np.ndarray, reference: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(np.subtract(values, reference, dtype=np.float64))))) / (scale or 1.0)
 
 
-def _judge(found: Verification, architecture: str, tolerance: float, max_drop: float) -> None:
+def _judge(found: Verification, architecture: str, tolerance: float, max_drop: float, truth: Truth | None) -> None:
     hint = "Report it with the name of the network and the versions from: visionkd doctor"
     where = f"on {found.num_images} images, so the file was removed"
     if not found.relative_diff <= tolerance:  # written so that NaN fails
@@ -207,9 +226,9 @@ def _judge(found: Verification, architecture: str, tolerance: float, max_drop: f
             f"{found.relative_diff:.2g} of the largest logit ({tolerance:g} is allowed), {where}",
             hint=hint,
         )
-    if found.top1_torch is not None and found.top1_exported < found.top1_torch - max_drop:
+    if truth is not None and found.exported < found.torch - max_drop:
         raise WorkError(
-            f"the ONNX file of '{architecture}' loses {found.top1_torch - found.top1_exported:.2f} points of top-1 "
+            f"the ONNX file of '{architecture}' loses {found.torch - found.exported:.2f} points of {truth.title} "
             f"({max_drop:g} are allowed) {where}",
             hint=hint,
         )

@@ -17,7 +17,7 @@ import visionkd
 from visionkd import registry
 from visionkd.files import sha256
 from visionkd.models.factory import Network, load_packaged
-from visionkd.models.package_file import CARD_FILE, DECODER_FILE, FORMAT, WEIGHTS_FILE
+from visionkd.models.package_file import CARD_FILE, DECODER_FILE, FORMAT, TEXT_FILE, WEIGHTS_FILE
 from visionkd.types import TaskName
 
 
@@ -35,8 +35,8 @@ def save_package(
 
     Args:
         network: What to package. Its plain weights are written: they load into timm or torchvision without visionkd.
-            Those of a quantised network lie among them, with its scales. The decoder of a masked pre-training gets a
-            file of its own.
+            Those of a quantised network lie among them, with its scales. The decoder of a masked pre-training and the
+            text encoder of a contrastive training get files of their own.
         directory: Where to; its parent must exist or be creatable.
         task: Task that the outputs serve.
         classes: Class names in output order; None takes the network's.
@@ -70,12 +70,16 @@ def save_package(
         decoder = network.masked_decoder
         if decoder is not None:
             (temporary / DECODER_FILE).write_bytes(_in_order(save(dict(decoder.tensors), metadata={"format": "pt"})))
+        texts = network.image_text
+        if texts is not None:
+            (temporary / TEXT_FILE).write_bytes(_in_order(save(dict(texts.tensors), metadata={"format": "pt"})))
         card = {
             "format": FORMAT,
             **identity,
             "pretrained_tag": network.pretrained_tag,
             **({"quantization": quantization} if quantization is not None else {}),
             **({"decoder": decoder.spec.to_dict()} if decoder is not None else {}),
+            **({"text": texts.spec.to_dict()} if texts is not None else {}),
             "task": task,
             "metrics": dict(metrics),
             **({"metrics_note": note} if note else {}),

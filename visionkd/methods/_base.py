@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from visionkd.config.schema import RunConfig
 from visionkd.data.mixing import batch_mixer
 from visionkd.errors import DataError
 from visionkd.losses.distillation import average_probabilities
+from visionkd.methods._dense import sized
 from visionkd.methods._hooks import Hooks
 from visionkd.methods._optimizer import Budget, build_optimizer, clips_scaled_gradients
 from visionkd.methods._stored import StoredTeachers
@@ -122,7 +124,7 @@ class DistillationModule(Hooks, lightning.LightningModule):
         """Return images, targets and stored probabilities of a batch, mixed where mixup or CutMix is on."""
         image, target, probs = batch["image"], batch["target"], None
         if self.stored is not None:
-            probs = self.stored.probabilities(batch, lambda: self.soft_label(self.teacher_outputs(image)))
+            probs = self.stored.probabilities(batch, lambda: self.label_to_store(image))
         if self._mixer is None:
             return image, target, probs
         return self._mixer(image, target, probs)
@@ -171,6 +173,14 @@ class DistillationModule(Hooks, lightning.LightningModule):
             return teachers[0].probs
         return average_probabilities([t.logits for t in teachers], temperature=self.teacher_temperature)
 
+    def label_to_store(self, image: Tensor) -> Tensor:
+        """Return what a label store keeps of images in [0, 1]: their :meth:`soft_label`, maps at the store's size."""
+        assert self.stored is not None
+        outputs, grid = self.teacher_outputs(image), self.stored.grid
+        if grid is not None:
+            outputs = tuple(replace(each, logits=sized(each.logits, grid[1:])) for each in outputs)
+        return self.soft_label(outputs)
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         if self.ema is not None:
@@ -194,7 +204,7 @@ class DistillationModule(Hooks, lightning.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         if batch["image"].shape[0] == 0:
             return
-        output = self.deployed_student(batch["image"])
+        output = self.task.answer(self.deployed_student, batch["image"])
         self.task.update(self._val_metrics, output, batch["target"])
         count = batch["image"].shape[0]
         loss = self.task.loss(output, batch["target"])

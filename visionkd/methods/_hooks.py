@@ -22,6 +22,11 @@ class Hooks:
     tasks: ClassVar[frozenset[str]] = frozenset({"classification"})
     #: What it needs of each teacher: ``probabilities``, ``features``, ``gradients``.
     needs: ClassVar[frozenset[str]] = frozenset({"probabilities"})
+    #: Whether it trains its teacher itself, in its first stage. Such a teacher is created with the data's classes, is
+    #: the student's architecture where none is named, and is neither fitted nor compared with the student.
+    trains_teacher: ClassVar[bool] = False
+    #: By task, the values of options that are not given, where they are not those of the options' own class.
+    task_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     #: Whether it looks at labels; a method that does not trains on unlabelled images (target -1) as well.
     uses_labels: ClassVar[bool] = True
     #: Weight decay where none is given; None takes the optimiser's usual one.

@@ -23,16 +23,26 @@ _OWN = {
 _TIMM = frozenset({"checkpoint_path", "feature_cfg", "output_stride", "pretrained_cfg", "scriptable"})
 
 
-def misplaced_args(config: NetworkConfig) -> list[Problem]:
-    """Return the arguments of a network that are set elsewhere."""
+def misplaced_args(config: NetworkConfig, *, dense: bool) -> list[Problem]:
+    """Return what is set in the wrong place, or for a network that has no use for it.
+
+    Args:
+        config: The network.
+        dense: Whether it names pixels or finds boxes.
+    """
     found = [
         Problem(f"args.{name}", f"is not for the arguments of '{config.name}': {reason}")
         for name, reason in _OWN.items()
         if name in config.args
     ]
+    if dense:
+        return found
     if config.args.get("in_chans", 3) != 3:
         message = f"'{config.name}': in_chans={config.args['in_chans']} is not supported; images are RGB, in_chans 3"
         found.append(Problem("args.in_chans", message))
+    if isinstance(config.img_size, tuple):
+        message = f"'{config.name}' takes square images, and img_size={list(config.img_size)} is not one number"
+        found.append(Problem("img_size", message, "Only networks for pixels or boxes take height and width."))
     return found
 
 

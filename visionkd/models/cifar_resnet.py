@@ -224,14 +224,19 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+_FEATURES = {"out_indices": (0, 1, 2, 3)}  # of the maps that timm's features_only gives
+
+
 def _create(depth: int, pretrained: bool, **kwargs: Any) -> CifarResNet:
-    return build_model_with_cfg(CifarResNet, f"cifar_resnet{depth}", pretrained, depth=depth, **kwargs)
+    return build_model_with_cfg(
+        CifarResNet, f"cifar_resnet{depth}", pretrained, depth=depth, feature_cfg=_FEATURES, **kwargs
+    )
 
 
 @register_model
 def cifar_resnet(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet with free ``blocks`` and ``channels`` in each stage; ResNet-20 where nothing is said."""
-    return build_model_with_cfg(CifarResNet, "cifar_resnet", pretrained, **kwargs)
+    return build_model_with_cfg(CifarResNet, "cifar_resnet", pretrained, feature_cfg=_FEATURES, **kwargs)
 
 
 @register_model

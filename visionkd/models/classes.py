@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from timm.data import ImageNetInfo
 
 _WNID = re.compile(r"n\d{8}")
+#: The id in the name of a folder: n01440764, n01440764_tench, or 0000_n01440764.
+_IN_FOLDER = re.compile(r"(?:\d+_)?(n\d{8})(?!\d)")
 # Class counts that are published for one list of ImageNet classes only.
 _SUBSETS = {1000: "imagenet-1k", 11221: "imagenet-21k-miil", 11821: "imagenet-12k", 21841: "imagenet-22k"}
 
@@ -114,8 +116,8 @@ def _columns(model_classes: list[str], data_classes: list[str]) -> tuple[int, ..
 
 
 def _wnid(name: str) -> str | None:
-    found = _WNID.match(name.strip())
-    return found.group() if found else None
+    found = _IN_FOLDER.match(name.strip())
+    return found.group(1) if found else None
 
 
 def _key(name: str) -> str:

@@ -7,28 +7,42 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.models import get_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
-import visionkd.models.cifar_resnet  # noqa: F401  (registers its networks with timm)
-import visionkd.models.free_mobilenet  # noqa: F401  (the same)
 from visionkd import registry
 from visionkd.config.schema import NetworkConfig
-from visionkd.errors import DataError, Problem, RequestError, VisionKDError
+from visionkd.errors import DataError, Problem, RequestError
 from visionkd.models import torchvision_zoo
 from visionkd.models.arguments import misplaced_args, unknown_args
+from visionkd.models.building import (
+    HF_CACHE,
+    TORCH_CACHE,
+    bare,
+    build_timm,
+    default_network,
+    fetch_timm,
+    guarded,
+    weights_or_none,
+)
 from visionkd.models.classes import counted, imagenet_classes
+from visionkd.models.detection import factory as detection
+from visionkd.models.detection.names import is_detector
+from visionkd.models.detection.network import DetectionNetwork
 from visionkd.models.download import advice, hub_access, url_access
 from visionkd.models.input_size import timm_input, with_size
 from visionkd.models.masked_decoder import DecoderSpec, SavedDecoder, split_decoder
-from visionkd.models.names import Resolved, known_names, quiet_libraries, resolve_name
+from visionkd.models.names import Resolved, fetched, known_names, quiet_libraries, resolve_name
 from visionkd.models.network import Network, check_img_size, head_names
-from visionkd.models.package_file import DECODER_FILE, read_card, verified_weights
+from visionkd.models.package_file import DECODER_FILE, TEXT_FILE, read_card, verified_weights
+from visionkd.models.segmentation import factory as segmentation
+from visionkd.models.segmentation.names import DEFAULT_HEAD, is_segmentation
+from visionkd.models.segmentation.naming import for_task
+from visionkd.models.segmentation.network import SegmentationNetwork
+from visionkd.models.text_encoder import SavedTexts, TextSpec
 from visionkd.models.weights import infer_num_classes, json_or_none, load_tensors, read_tensors, strip_prefixes
-from visionkd.types import InputSpec
+from visionkd.types import InputSpec, TaskName
 
 __all__ = ["Network", "Resolved", "create_network", "known_names", "load_packaged", "resolve_name"]
 
@@ -39,6 +53,7 @@ def create_network(
     num_classes: int | None = None,
     classes: tuple[str, ...] | None = None,
     in_training: bool,
+    task: TaskName | None = None,
 ) -> Network:
     """Build the network that ``config`` names, with its weights.
 
@@ -49,6 +64,7 @@ def create_network(
         classes: Names of the outputs; ``num_classes`` may then be left out.
         in_training: The network will be trained: it starts in train mode, and from random weights (with a note) where
             none are published. A network to be used as it is refuses that.
+        task: What it is to serve: for segmentation, the name of a classifier stands for the default head on it.
 
     Raises:
         RequestError: The name or an argument is unknown, or the weights do not fit.
@@ -59,44 +75,54 @@ def create_network(
         if num_classes not in (None, len(classes)):
             raise ValueError(f"{len(classes)} class names for {num_classes} outputs")
         num_classes = len(classes)
-    if problems := misplaced_args(config):
-        raise RequestError(problems)
+    config, note = (config, None) if task is None else for_task(config, task)
     resolved = resolve_name(config.name)
+    if problems := _misplaced(resolved, config):
+        raise RequestError(problems)
+    path = fetched(resolved) if config.pretrained or resolved.source == "package" else None
     if resolved.source == "package":
-        network, _ = load_packaged(resolved.path)
+        network, _ = load_packaged(path)
     elif resolved.source == "file":
         network = _from_file(resolved, config)
+    elif (family := _family(resolved)) is not None:
+        network = family.create(resolved, config, num_classes=num_classes, in_training=in_training, load=_as_it_is)
     elif resolved.library == "torchvision":
         network = _from_torchvision(resolved, config, num_classes, in_training)
     else:
         network = _from_timm(resolved, config, num_classes, in_training)
     network.trained |= resolved.source in ("package", "file")
     if in_training:
-        network.masked_decoder = None  # it belongs to the weights as they were
-    if resolved.note:
-        network.notes = (resolved.note, *network.notes)
+        network.masked_decoder = network.image_text = None  # they belong to the weights as they were
+    network.notes = (*filter(None, (note, resolved.note)), *network.notes)
     if resolved.source in ("package", "file") and config.img_size is not None:
         _resize_input(network, config)
     _fit_head(network, num_classes, classes)
     return network.train(in_training)
 
 
-def args_problems(config: NetworkConfig) -> list[Problem]:
+def args_problems(config: NetworkConfig, *, task: TaskName | None = None) -> list[Problem]:
     """Return which arguments of a network are wrong, by key; nothing is fetched or allocated to find out.
+
+    ``task`` is as in :func:`create_network`.
 
     Raises:
         RequestError: If the network's name is unknown.
     """
-    resolved, problems = resolve_name(config.name), misplaced_args(config)
+    config = config if task is None else for_task(config, task)[0]
+    resolved = resolve_name(config.name)
+    problems = _misplaced(resolved, config)
+    family = _family(resolved)
+    if resolved.source not in ("package", "file") and family is not None:
+        return problems + family.args_problems(resolved, config)
     misplaced = {problem.key.removeprefix("args.") for problem in problems}
     rest = {name: value for name, value in config.args.items() if name not in misplaced}
     if not rest or resolved.source not in ("timm", "torchvision") or ":" in str(resolved.architecture):
         return problems
     try:
         with quiet_libraries(), torch.device("meta"):
-            _bare(resolved.library, resolved.architecture, dict(rest))
+            bare(resolved.library, resolved.architecture, dict(rest))
     except TypeError:
-        problems += unknown_args(NetworkConfig(name=config.name, args=rest), _default)
+        problems += unknown_args(NetworkConfig(name=config.name, args=rest), default_network)
     except Exception:  # a value it objects to; create_network says which
         return problems
     return problems
@@ -117,6 +143,9 @@ def load_packaged(directory: str | os.PathLike[str]) -> tuple[Network, dict[str,
         if card.get("decoder") is not None:
             decoder, _ = read_tensors(verified_weights(directory, card, DECODER_FILE))
             network.masked_decoder = SavedDecoder(DecoderSpec(**card["decoder"]), decoder)
+        if card.get("text") is not None:
+            texts, _ = read_tensors(verified_weights(directory, card, TEXT_FILE))
+            network.image_text = SavedTexts(TextSpec.from_dict(card["text"]), texts)
         return network, card
     network = _rebuild(card, None, path=directory)
     # by name, as models/ stands above quantization/
@@ -137,21 +166,21 @@ def _from_timm(resolved: Resolved, config: NetworkConfig, num_classes: int | Non
             kwargs["img_size"] = config.img_size
         repository = name.partition(":")[2]
         page = f"https://huggingface.co/{repository}"
-        steps = advice("ARCHITECTURE", page=page, cache=_HF_CACHE, untrained=in_training)
+        steps = advice("ARCHITECTURE", page=page, cache=HF_CACHE, untrained=in_training)
         with hub_access(config.name, repository, advice=steps):
-            net = _build_timm(name, kwargs, config, pretrained=config.pretrained)
+            net = build_timm(name, kwargs, config, pretrained=config.pretrained)
         cfg, notes = net.pretrained_cfg, ()
         kwargs = {**getattr(net, "pretrained_model_args", {}), **kwargs}
         architecture, pretrained, tag = cfg["architecture"], config.pretrained, repository
     else:
         known = get_pretrained_cfg(name)
-        pretrained, notes = _weights_or_none(config, known.has_weights, in_training)
+        pretrained, notes = weights_or_none(config, known.has_weights, in_training)
         if config.img_size is not None and known.fixed_input_size:
             kwargs["img_size"] = config.img_size
         net = (
-            _fetch_timm(name, known, kwargs, config, in_training)
+            fetch_timm(name, known, kwargs, config, in_training)
             if pretrained
-            else _build_timm(name, kwargs, config, pretrained=False)
+            else build_timm(name, kwargs, config, pretrained=False)
         )
         cfg, architecture, tag = net.pretrained_cfg, resolved.architecture, net.pretrained_cfg.get("tag")
     kwargs["num_classes"] = net.num_classes
@@ -173,11 +202,11 @@ def _from_timm(resolved: Resolved, config: NetworkConfig, num_classes: int | Non
 
 def _from_torchvision(resolved: Resolved, config: NetworkConfig, num_classes: int | None, in_training: bool) -> Network:
     weights = torchvision_zoo.weights(resolved.architecture, resolved.tag)
-    pretrained, notes = _weights_or_none(config, weights is not None, in_training)
+    pretrained, notes = weights_or_none(config, weights is not None, in_training)
     state = None
     if pretrained:
         wanted = f"torchvision/{resolved.architecture}"
-        steps = advice(wanted, page=weights.url, cache=_TORCH_CACHE, untrained=in_training)
+        steps = advice(wanted, page=weights.url, cache=TORCH_CACHE, untrained=in_training)
         with url_access(config.name, weights.url, advice=steps):
             state = weights.get_state_dict(progress=False, check_hash=True)
     kwargs = {**torchvision_zoo.fixed_args(resolved.architecture, pretrained), **config.args}
@@ -189,9 +218,9 @@ def _from_torchvision(resolved: Resolved, config: NetworkConfig, num_classes: in
             )
         spec = with_size(spec, (config.img_size, config.img_size))
     kwargs["num_classes"] = num_classes if num_classes is not None and not pretrained else 1000
-    net = _guarded(config, lambda: torchvision_zoo.build(resolved.architecture, kwargs))
+    net = guarded(config, lambda: torchvision_zoo.build(resolved.architecture, kwargs))
     if state is not None:
-        _guarded(config, lambda: torchvision_zoo.load(net, state))
+        guarded(config, lambda: torchvision_zoo.load(net, state))
     if config.img_size is not None:
         check_img_size(net, spec.img_size, config.name)
     return Network(
@@ -224,6 +253,8 @@ def _from_file(resolved: Resolved, config: NetworkConfig) -> Network:
     architecture, library = resolved.architecture, resolved.library
     if metadata.get("architecture") == architecture and metadata.get("source") == library and not config.args:
         return _rebuild(_card_in(metadata), tensors, path=resolved.path)
+    if (family := _family(resolved)) is not None:
+        return family.from_file(resolved, config, tensors)
     kwargs = dict(config.args)
     if library == "timm":
         if config.img_size is not None and get_pretrained_cfg(architecture).fixed_input_size:
@@ -234,7 +265,7 @@ def _from_file(resolved: Resolved, config: NetworkConfig) -> Network:
         kwargs = {**torchvision_zoo.fixed_args(architecture, published), **kwargs}
         tensors = {key: value for key, value in tensors.items() if not torchvision_zoo.is_auxiliary(key)}
     with torch.device("meta"):  # shapes and names alone: nothing is allocated
-        skeleton = _guarded(config, lambda: _bare(library, architecture, kwargs))
+        skeleton = guarded(config, lambda: bare(library, architecture, kwargs))
     tensors = strip_prefixes(tensors, skeleton.state_dict())
     tensors, decoder = split_decoder(tensors)
     default = skeleton.num_classes if library == "timm" else 1000
@@ -242,7 +273,7 @@ def _from_file(resolved: Resolved, config: NetworkConfig) -> Network:
     if isinstance(skeleton, VisionTransformer) and not any(name.startswith(heads) for name in tensors):
         default = 0  # an encoder from pre-training has no classifier
     kwargs["num_classes"] = infer_num_classes(tensors, heads) or default
-    net = _guarded(config, lambda: _bare(library, architecture, kwargs))
+    net = guarded(config, lambda: bare(library, architecture, kwargs))
     load_tensors(net, tensors, path=resolved.path, architecture=architecture)
     if library == "timm":
         spec = timm_input(net.pretrained_cfg, kwargs.get("img_size"))
@@ -267,7 +298,7 @@ def _rebuild(card: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None
     kwargs["num_classes"] = card["num_classes"] or kwargs.get("num_classes")
     try:
         with quiet_libraries():
-            net = _bare(source, architecture, kwargs)
+            net = bare(source, architecture, kwargs)
     except Exception as error:
         raise DataError(
             f"'{path}' needs the architecture '{architecture}' of {source}, which is not to be built here: {error}",
@@ -276,7 +307,10 @@ def _rebuild(card: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None
     if tensors is not None:
         load_tensors(net, tensors, path=path, architecture=architecture)
     classes = card.get("classes")
-    return Network(
+    kind = SegmentationNetwork if is_segmentation(source, architecture) else Network
+    if is_detector(source, architecture):
+        kind = DetectionNetwork
+    return kind(
         net,
         architecture=architecture,
         source=source,
@@ -289,74 +323,35 @@ def _rebuild(card: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None
 
 # Parts ----------------------------------------------------------------------------------------------------------------
 
-_HF_CACHE = ("HF_HOME=DIR", "use a Hugging Face cache that was filled on a connected machine")
-_TORCH_CACHE = ("TORCH_HOME=DIR", "use a torch cache that was filled on a connected machine")
+
+def _family(resolved: Resolved) -> Any:
+    """Return the module that builds the networks of a task that puts a head on a backbone; None for classifiers."""
+    if is_segmentation(resolved.library, resolved.architecture):
+        return segmentation
+    return detection if is_detector(resolved.library, resolved.architecture) else None
 
 
-def _fetch_timm(name: str, cfg: Any, kwargs: dict[str, Any], config: NetworkConfig, in_training: bool) -> nn.Module:
-    if cfg.hf_hub_id:
-        page = f"https://huggingface.co/{cfg.hf_hub_id}"
-        steps = advice(cfg.architecture, page=page, cache=_HF_CACHE, untrained=in_training)
-        with hub_access(config.name, cfg.hf_hub_id, advice=steps):
-            return _build_timm(name, kwargs, config, pretrained=True)
-    steps = advice(cfg.architecture, page=cfg.url, cache=_TORCH_CACHE, untrained=in_training)
-    with url_access(config.name, cfg.url, advice=steps):
-        return _build_timm(name, kwargs, config, pretrained=True)
+def _as_it_is(model: str) -> Network:
+    """Load the MODEL whose weights another one begins with."""
+    return create_network(NetworkConfig(name=model), in_training=False)
 
 
-def _build_timm(name: str, kwargs: dict[str, Any], config: NetworkConfig, *, pretrained: bool) -> nn.Module:
-    return _guarded(config, lambda: timm.create_model(name, pretrained=pretrained, **kwargs))
-
-
-def _bare(library: str, architecture: str, kwargs: dict[str, Any]) -> nn.Module:
-    if library == "timm":
-        return timm.create_model(architecture, **kwargs)
-    return torchvision_zoo.build(architecture, {**torchvision_zoo.fixed_args(architecture, False), **kwargs})
-
-
-def _default(resolved: Resolved) -> nn.Module:
-    return _bare(resolved.library, resolved.architecture, {})
-
-
-def _guarded(config: NetworkConfig, build: Any) -> Any:
-    """Run ``build``; what a constructor objects to becomes a message about the request."""
-    try:
-        with quiet_libraries():
-            return build()
-    except (VisionKDError, OSError):
-        raise
-    except TypeError as error:
-        if problems := unknown_args(config, _default):
-            raise RequestError(problems) from error
-        raise RequestError(
-            f"'{config.name}' does not take these arguments: {error}", hint=f"Given: args={config.args or '{}'}"
-        ) from error
-    except (RuntimeError, ValueError, AssertionError, KeyError) as error:
-        if type(error).__module__.startswith(("huggingface_hub", "httpx", "requests")):
-            raise  # hub_access words these
-        first = (str(error).strip() or type(error).__name__).splitlines()
-        size = f", img_size={config.img_size}" if config.img_size else ""
-        raise RequestError(
-            f"'{config.name}' cannot be built with args={config.args or '{}'}{size}: " + " ".join(first[:3])[:400],
-            hint="Leave img_size and args out to take the network's own.",
-        ) from error
-
-
-def _weights_or_none(config: NetworkConfig, published: bool, in_training: bool) -> tuple[bool, tuple[str, ...]]:
-    """Decide whether published weights are loaded, and what to tell the user."""
-    if not config.pretrained or published:
-        return config.pretrained, ()
-    if in_training:
-        return False, (f"no weights are published for '{config.name}': it starts from random ones",)
-    raise RequestError(
-        f"no weights are published for '{config.name}', and an untrained network cannot be used as it is",
-        hint=f"Train it first (visionkd train --model {config.name} --data DATA) and name its run directory.",
-    )
+def _misplaced(resolved: Resolved, config: NetworkConfig) -> list[Problem]:
+    """Return what a configuration sets in the wrong place, or for a network that has no use for it."""
+    fresh = resolved.source not in ("package", "file")
+    named = _family(resolved) is not None
+    # what a package or a lone file holds is known once it is read
+    problems = misplaced_args(config, dense=named or resolved.architecture is None)
+    if config.backbone is not None and not (named and fresh):
+        why = "brings its own backbone" if named or not fresh else "is a classifier"
+        hint = f"Leave backbone out, or name what stands on a backbone, such as {DEFAULT_HEAD}_mobilenetv3_large_100."
+        problems.append(Problem("backbone", f"'{config.name}' {why} (given: {config.backbone})", hint))
+    return problems
 
 
 def _resize_input(network: Network, config: NetworkConfig) -> None:
     """Give a loaded network another input size, resampling its positions where it has them."""
-    size = (config.img_size, config.img_size)
+    size = segmentation.size_of(config)
     if size == tuple(network.input.img_size):
         return
     if network.source == "timm" and get_pretrained_cfg(network.architecture).fixed_input_size:
@@ -366,9 +361,12 @@ def _resize_input(network: Network, config: NetworkConfig) -> None:
                 f"'{config.name}' was built for {height} x {width} pixels and cannot change",
                 hint="Leave img_size out: images are resized to what the network takes.",
             )
-        _guarded(config, lambda: network.net.set_input_size(img_size=size))
+        guarded(config, lambda: network.net.set_input_size(img_size=size))
         network.model_args["img_size"] = config.img_size
-    check_img_size(network.net, size, config.name)
+    if network.task == "detection":
+        detection.check_size(network.net, size, config.name)
+    else:
+        check_img_size(network.net, size, config.name, in_chans=network.in_chans)
     network.input = with_size(network.input, size)
 
 

@@ -59,7 +59,7 @@ def extract(network: Network, image: Tensor, indices: Sequence[int] | None = Non
     image = network.prepare(image)
     if not plan.taps:
         return _from_timm(network.net, image, chosen)
-    return _from_hooks(network.net, image, plan, [plan.taps[index] for index in chosen])
+    return _from_hooks(network, image, plan, [plan.taps[index] for index in chosen])
 
 
 def _from_timm(net: Any, image: Tensor, chosen: Sequence[int]) -> FeatureOutput:
@@ -70,7 +70,8 @@ def _from_timm(net: Any, image: Tensor, chosen: Sequence[int]) -> FeatureOutput:
     return FeatureOutput(main_logits(net.forward_head(final)), tuple(found[index] for index in chosen), tokens)
 
 
-def _from_hooks(net: nn.Module, image: Tensor, plan: Plan, taps: Sequence[Tap]) -> FeatureOutput:
+def _from_hooks(network: Network, image: Tensor, plan: Plan, taps: Sequence[Tap]) -> FeatureOutput:
+    net = network.net
     names = {tap.name: tap.overwritten for tap in taps}
     if plan.tokens is not None:
         names.setdefault(plan.tokens, False)
@@ -84,14 +85,15 @@ def _from_hooks(net: nn.Module, image: Tensor, plan: Plan, taps: Sequence[Tap]) 
 
     handles = [net.get_submodule(name).register_forward_hook(keeper(name, copy)) for name, copy in names.items()]
     try:
-        logits = main_logits(net(image))
+        answer = net(image)
     finally:
         for handle in handles:
             handle.remove()
     prefixes = tuple(seen[tap.name][:, : tap.prefix] for tap in taps) if all(tap.prefix for tap in taps) else ()
     return FeatureOutput(
-        logits,
+        main_logits(answer),
         tuple(as_map(seen[tap.name], tap) for tap in taps),
         None if plan.tokens is None else seen[plan.tokens],
+        aux=network.auxiliary_logits(answer),
         prefix_tokens=prefixes,
     )

@@ -25,7 +25,7 @@ def fold_batch_norm(network: Network) -> Network:
         return network
     parameter = next(network.parameters())
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(2, 3, *network.input.img_size, generator=generator).to(parameter.device)
+    images = torch.rand(2, len(network.input.mean), *network.input.img_size, generator=generator).to(parameter.device)
     network.eval()
     expected = network(images).logits
     folded = copy.deepcopy(network).requires_grad_(False)

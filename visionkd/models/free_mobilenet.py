@@ -83,4 +83,5 @@ class FreeMobileNetV2(EfficientNet):
 @register_model
 def mobilenetv2_free(pretrained: bool = False, **kwargs: Any) -> FreeMobileNetV2:
     """MobileNetV2 with free depth, kernel and expansion; 3.5 M parameters where nothing is said."""
-    return build_model_with_cfg(FreeMobileNetV2, "mobilenetv2_free", pretrained, **kwargs)
+    features = {"flatten_sequential": True}  # the maps that timm's features_only gives lie between its blocks
+    return build_model_with_cfg(FreeMobileNetV2, "mobilenetv2_free", pretrained, feature_cfg=features, **kwargs)

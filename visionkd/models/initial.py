@@ -11,14 +11,18 @@ from visionkd.config.schema import NetworkConfig
 from visionkd.errors import Problem, RequestError
 from visionkd.models.factory import create_network
 from visionkd.models.masked import plain_problem
-from visionkd.models.network import Network, head_names
+from visionkd.models.network import Network
+from visionkd.models.segmentation.factory import size_of
+from visionkd.types import TaskName
 
 _NOT_ARGS = ("num_classes", "img_size")
 _NORMS = ("norm.", "fc_norm.")  # where a network averages its patches, the last norm stands behind the average
 _HEAD_STD = 2e-5
 
 
-def network_from(init: str, config: NetworkConfig, *, classes: Sequence[str] | None) -> Network:
+def network_from(
+    init: str, config: NetworkConfig, *, classes: Sequence[str] | None, task: TaskName | None = None
+) -> Network:
     """Build the network that ``config`` describes and load the weights of ``init``, all but the classifier.
 
     Args:
@@ -26,13 +30,17 @@ def network_from(init: str, config: NetworkConfig, *, classes: Sequence[str] | N
         config: Its ``args`` win over those that the weights were trained with, such as ``drop_path_rate`` or
             ``global_pool``; a name equal to ``init`` takes the same architecture.
         classes: Names of the outputs; None gives it no classifier.
+        task: What it is to serve: for pixels or boxes, a classifier's weights are those of the backbone alone.
 
     Raises:
         RequestError: If the weights are those of another network.
     """
     source = create_network(NetworkConfig(name=init), in_training=False)
     same = config.name == init
-    if config.img_size is not None and source.input.img_size != (config.img_size, config.img_size):
+    if task in ("segmentation", "detection") and source.task == "classification":
+        wanted = config if same else config.model_copy(update={"backbone": init})
+        return create_network(wanted, classes=tuple(classes or ()), in_training=True, task=task)
+    if config.img_size is not None and source.input.img_size != size_of(config):
         source = create_network(NetworkConfig(name=init, img_size=config.img_size), in_training=False)
     args = dict(config.args)
     size = config.img_size
@@ -59,7 +67,8 @@ def network_from(init: str, config: NetworkConfig, *, classes: Sequence[str] | N
 def _load(network: Network, source: Network, init: str) -> list[str]:
     """Load what both have, and return the layers that stay new."""
     tensors, wanted = source.net.state_dict(), network.net.state_dict()
-    loose = (*(f"{name}." for net in (source, network) for name in head_names(net.net, net.source)), *_NORMS)
+    classifiers = (f"{name}." for net in (source, network) for name in net.class_layers())
+    loose = (*classifiers, *network.auxiliary, *_NORMS)
     missing = [name for name in wanted if name not in tensors and not name.startswith(loose)]
     unexpected = [name for name in tensors if name not in wanted and not name.startswith(loose)]
     heads = loose[: -len(_NORMS)]

@@ -7,13 +7,17 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from visionkd import registry
 from visionkd.errors import RequestError, did_you_mean
 from visionkd.models.aliases import ALIASES
+from visionkd.models.detection import names as detection
+from visionkd.models.segmentation import names as segmentation
 
+_TORCHVISION = (*segmentation.TORCHVISION, *detection.TORCHVISION)
 _WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
 
 
@@ -23,19 +27,22 @@ class Resolved:
 
     Attributes:
         source: Where the network comes from.
-        architecture: timm or torchvision name; for a hub model its ``hf-hub:`` name; None where a file tells.
+        architecture: timm or torchvision name, ``HEAD_BACKBONE`` or ``DETECTOR_BACKBONE``; for a hub model its ``hf-hub:`` name; None where a
+            file tells.
         tag: Name of the published weights; None takes the default ones.
         path: Package directory or checkpoint file.
         note: A choice made on the user's behalf, to be said aloud.
-        library: Library that builds the architecture.
+        library: Library that builds the architecture; ``visionkd`` joins a head and a backbone of timm.
+        zoo: The ``zoo:`` name that was given; what it stands for may yet have to be fetched.
     """
 
-    source: Literal["timm", "torchvision", "package", "file"]
+    source: Literal["timm", "torchvision", "visionkd", "package", "file"]
     architecture: str | None = None
     tag: str | None = None
     path: Path | None = None
     note: str | None = None
-    library: Literal["timm", "torchvision"] | None = None
+    library: Literal["timm", "torchvision", "visionkd"] | None = None
+    zoo: str | None = None
 
 
 @contextlib.contextmanager
@@ -65,6 +72,10 @@ def resolve_name(name: str) -> Resolved:
     name = os.fspath(name).strip()
     if not name:
         raise RequestError("the name of the network is empty", hint="Give a name such as resnet50.")
+    if name.startswith("zoo:"):
+        found = registry.load("visionkd.hub", "pull", key="zoo").locate(name, use="torch")  # by name: hub/ is above
+        published = resolve_name(found.model) if found.path is None else Resolved("package", path=found.path)
+        return replace(published, zoo=name)
     if name.startswith(("hf-hub:", "hf_hub:")):
         return Resolved("timm", "hf-hub:" + name.split(":", 1)[1], library="timm")
     if name.startswith("local-dir:"):
@@ -93,6 +104,17 @@ def resolve_name(name: str) -> Resolved:
     raise _unknown(name)
 
 
+def fetched(resolved: Resolved) -> Path | None:
+    """Return the package or file of a resolved name, pulled from the zoo where it comes from there and is not here.
+
+    Raises:
+        DownloadError: If it is not to be had.
+    """
+    if resolved.zoo is not None:
+        registry.load("visionkd.hub", "pull", key="zoo").pull(resolved.zoo, use="torch")
+    return resolved.path
+
+
 def package_directory(path: Path) -> Path | None:
     """Return the directory that holds ``model.json``: ``path`` itself or its ``model/``; None if there is none."""
     for candidate in (path, path / "model"):
@@ -115,7 +137,22 @@ def known_names() -> tuple[str, ...]:
 def _torchvision_names() -> list[str]:
     import torchvision
 
-    return torchvision.models.list_models(module=torchvision.models)
+    return [*torchvision.models.list_models(module=torchvision.models), *_TORCHVISION]
+
+
+def _parts(name: str) -> tuple[str, str] | None:
+    """Return what stands on a backbone, and the backbone, as the name says it."""
+    return segmentation.split_name(name) or detection.split_name(name)
+
+
+def _head_on_backbone(name: str) -> Resolved | None:
+    """Return the segmentation network ``HEAD_BACKBONE`` or the detector ``DETECTOR_BACKBONE``, or None."""
+    parts = _parts(name)
+    backbone = None if parts is None else _network(parts[1])
+    if backbone is None or backbone.source != "timm":
+        return None
+    architecture = f"{parts[0]}_{backbone.architecture}"
+    return Resolved("visionkd", architecture, backbone.tag, None, backbone.note, "visionkd")
 
 
 def _network(name: str) -> Resolved | None:
@@ -127,10 +164,12 @@ def _network(name: str) -> Resolved | None:
     import visionkd.models.free_mobilenet  # noqa: F401  (the same)
 
     library, _, rest = name.rpartition("/")
-    if library not in ("", "timm", "torchvision"):
+    if library not in ("", "timm", "torchvision", "visionkd"):
         return None
     note = None
     architecture, tag = split_model_name_tag(rest)
+    if library == "visionkd" or (not library and architecture not in _TORCHVISION and _parts(rest)):
+        return _head_on_backbone(rest)
     if not library and architecture in ALIASES:
         target = ALIASES[architecture]
         note = f"'{architecture}' stands for {target}"
@@ -193,6 +232,9 @@ def _unknown(name: str) -> RequestError:
     bare = name.rpartition("/")[2].partition(".")[0]
     prefix = "torchvision/" if name.startswith("torchvision/") else ""
     names = known_names()
+    for unknown_part in (segmentation.unknown_part, detection.unknown_part):
+        if (found := unknown_part(name, names)) is not None:
+            return found
     near = did_you_mean(prefix + bare, names) or did_you_mean(prefix + bare.replace("-", "_"), names)
     hint = near or f"Any timm or torchvision name works, and these: {', '.join(sorted(ALIASES))}"
     return RequestError(f"unknown network '{name}'", hint=hint)

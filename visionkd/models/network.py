@@ -12,7 +12,7 @@ from visionkd.errors import RequestError, WorkError, first_line
 from visionkd.models.classes import counted
 from visionkd.models.modes import evaluating
 from visionkd.models.normalize import Normalize, resize
-from visionkd.types import InputSpec, Output
+from visionkd.types import InputSpec, Output, TaskName
 
 Family = Literal["cnn", "transformer", "mlp", "hybrid"]
 #: What attention layers call their projections, whatever they are called themselves.
@@ -20,14 +20,14 @@ _ATTENTION_PARTS = ("qkv", "qk", "kv", "q", "q_proj", "query")
 
 
 class Network(nn.Module):
-    """A timm or torchvision classifier that brings its images to its own size and statistics.
+    """A network of timm or torchvision that brings its images to its own size and statistics: here a classifier.
 
     ``network.net`` is the plain module: its state dict loads into ``timm.create_model(architecture, **model_args)``.
 
     Args:
         net: The plain module.
         architecture: Its name, without the weight tag.
-        source: ``timm`` or ``torchvision``.
+        source: ``timm`` or ``torchvision``; ``visionkd`` where this project joined it of a backbone and a head.
         input: Size and statistics that the network was trained with.
         model_args: Arguments that rebuild ``net``, ``num_classes`` included.
         classes: Class names in the order of the outputs, if known.
@@ -35,12 +35,19 @@ class Network(nn.Module):
         notes: Choices made on the user's behalf, to be said aloud.
     """
 
+    #: What its outputs serve.
+    task: TaskName = "classification"
+    #: Whether it has to be shown the targets in training: detectors work out their own losses.
+    needs_targets: bool = False
+    #: Beginnings of the names of parameters that only help training.
+    auxiliary: tuple[str, ...] = ()
+
     def __init__(
         self,
         net: nn.Module,
         *,
         architecture: str,
-        source: Literal["timm", "torchvision"],
+        source: Literal["timm", "torchvision", "visionkd"],
         input: InputSpec,
         model_args: Mapping[str, Any],
         classes: tuple[str, ...] | None = None,
@@ -72,8 +79,15 @@ class Network(nn.Module):
         self.packed: dict[str, Tensor] | None = None
         #: What a masked pre-training left beside it (:class:`visionkd.models.masked_decoder.SavedDecoder`).
         self.masked_decoder: Any = None
+        #: Texts beside its images, after contrastive training (:class:`visionkd.models.text_encoder.SavedTexts`).
+        self.image_text: Any = None
         #: Names of the layers that give the logits, where ``net`` cannot tell any more.
         self.heads: tuple[str, ...] = ()
+
+    @property
+    def in_chans(self) -> int:
+        """Planes of its images: red, green, blue, and others that a teacher alone may see."""
+        return len(self.input.mean)
 
     # Running ----------------------------------------------------------------------------------------------------------
 
@@ -84,6 +98,10 @@ class Network(nn.Module):
     def forward(self, image: Tensor) -> Output:
         """Return the logits for ``image``, B x 3 x H x W in [0, 1]."""
         return Output(logits=main_logits(self.net(self.prepare(image))))
+
+    def auxiliary_logits(self, answer: Any) -> tuple[Tensor, ...]:
+        """Return the logits of auxiliary heads in what the bare network answers; classifiers are trained without."""
+        return ()
 
     def forward_features(self, image: Tensor) -> Tensor:
         """Return the last feature map (or the tokens, B x N x D, of a transformer) before pooling."""
@@ -134,7 +152,7 @@ class Network(nn.Module):
                 hint="Train its float model on this data, then quantise the result.",
             )
         parameter = next(self.net.parameters())
-        if self.source == "timm":
+        if hasattr(self.net, "reset_classifier"):
             self.net.reset_classifier(num_classes)
         else:
             name, old = _last_linear(self.net)
@@ -190,6 +208,10 @@ class Network(nn.Module):
             if bias is not None:
                 head.bias.copy_(bias)
 
+    def class_layers(self) -> tuple[str, ...]:
+        """Return the names of the layers of ``net`` whose outputs stand for classes."""
+        return head_names(self.net, self.source)
+
     def _no_linear_head(self, consequence: str) -> WorkError:
         return WorkError(
             f"the classifier of '{self.architecture}' is not a linear layer on its embedding, so {consequence}",
@@ -210,7 +232,7 @@ def _heads(network: Network) -> list[nn.Module]:
     """Return the linear layers (or 1 x 1 convolutions) that give the logits; empty if there are others."""
     if network.heads:
         return []
-    if network.source == "torchvision":
+    if not hasattr(network.net, "get_classifier"):
         modules: tuple[Any, ...] = (_last_linear(network.net)[1],)
     else:
         found = network.net.get_classifier()
@@ -268,7 +290,7 @@ def family(net: nn.Module) -> Family:
     return "cnn" if convolutions else "mlp"
 
 
-def check_img_size(net: nn.Module, img_size: tuple[int, int], name: str) -> None:
+def check_img_size(net: nn.Module, img_size: tuple[int, int], name: str, *, in_chans: int = 3) -> None:
     """Run ``net`` on the meta device, which costs nothing, to see whether it takes ``img_size``.
 
     Raises:
@@ -279,7 +301,7 @@ def check_img_size(net: nn.Module, img_size: tuple[int, int], name: str) -> None
     try:
         twin = copy.deepcopy(net).to("meta").eval()
         with torch.no_grad():
-            twin(torch.empty(1, 3, *img_size, device="meta"))
+            twin(torch.empty(1, in_chans, *img_size, device="meta"))
     except NotImplementedError:
         return  # an operator that the meta device lacks says nothing about the size
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -291,7 +313,7 @@ def check_img_size(net: nn.Module, img_size: tuple[int, int], name: str) -> None
 
 def head_names(net: nn.Module, source: str) -> tuple[str, ...]:
     """Return the dotted names of the layers that give the logits of a bare network."""
-    if source == "torchvision":
+    if source == "torchvision" and not hasattr(net, "get_classifier"):
         return (_last_linear(net)[0],)
     found = net.get_classifier()
     modules = tuple(found) if isinstance(found, (tuple, list, nn.ModuleList)) else (found,)

@@ -14,6 +14,8 @@ WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "model.json"
 #: Decoder of a masked pre-training, beside the encoder that is the model.
 DECODER_FILE = "decoder.safetensors"
+#: Text encoder of a contrastive training, beside the image encoder that is the model.
+TEXT_FILE = "text.safetensors"
 _REQUIRED = ("architecture", "source", "model_args", "num_classes", "input", "task", "sha256")
 
 

@@ -104,8 +104,9 @@ def make_plan(network: Network) -> Plan:
     size = (int(network.input.img_size[0]), int(network.input.img_size[1]))
     parameter = next(net.parameters())
     # nothing random: the generators must not be left in another state by the first call than by the next ones
-    image = torch.linspace(-2.0, 2.0, 2 * 3 * size[0] * size[1], device=parameter.device).to(parameter.dtype)
-    image = image.view(2, 3, *size)
+    planes = network.in_chans
+    image = torch.linspace(-2.0, 2.0, 2 * planes * size[0] * size[1], device=parameter.device).to(parameter.dtype)
+    image = image.view(2, planes, *size)
     with evaluating(net):
         logits, seen = _look(net, image)
         info = _feature_info(net)

@@ -2,7 +2,9 @@
 
 Both inputs of each product; the skip input of a residual add, whose other input comes straight from its convolution;
 nothing between a convolution and its norm, activation or add. One scale serves a tensor wherever it is used, also past
-operators that only move values, and the inputs of a concatenation share one with its output.
+operators that only move values, and the inputs of a concatenation share one with its output. So do the two sides of a
+resize: it mixes neighbours and leaves the range as it is, and is rounded in front as well, so that its input is stored
+as bytes. A tensor that is rounded for a product is rounded for the mean over it too.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from visionkd.models.segmentation.blocks import GridMean
 from visionkd.quantization.products import quantizable
 from visionkd.quantization.scheme import Int8Scheme
 
@@ -29,6 +32,10 @@ _MOVES = (torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.ch
 _MOVE_METHODS = ("view", "reshape", "permute", "transpose", "contiguous", "flatten", "chunk", "clone")
 _MOVE_MODULES = (nn.Identity, nn.Flatten, nn.MaxPool2d, nn.Dropout, nn.Dropout2d)
 _MEANS = (torch.mean, F.adaptive_avg_pool2d)
+_MEAN_MODULES = (nn.AdaptiveAvgPool2d, timm.layers.SelectAdaptivePool2d, GridMean)
+_RESIZES = (F.interpolate, F.upsample)
+_CONVEX = ("nearest", "nearest-exact", "linear", "bilinear", "area")  # nothing leaves the range of what it mixes
+_MULTIPLIES = (operator.mul, operator.imul, torch.mul)
 _PRODUCTS = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
@@ -112,13 +119,9 @@ class _Placer:
             return "skipped"
         if not quantizable(module):
             return f"a {type(module).__name__} has no quantised form"
-        if self.scheme.gates == "float" and isinstance(module, nn.Conv2d) and self._in_gate(node):
-            return "part of a gate"
+        if self.scheme.gates == "float" and isinstance(module, nn.Conv2d) and self._after_mean(node):
+            return self._spread(node)
         return ""
-
-    def _in_gate(self, node: fx.Node) -> bool:
-        """Whether a convolution works on pooled maps whose result weighs channels: squeeze-and-excitation."""
-        return self._after_mean(node) and self._before_product(node)
 
     def _after_mean(self, node: fx.Node) -> bool:
         """Whether nothing but convolutions and element-wise layers lies between a spatial mean and ``node``."""
@@ -134,18 +137,24 @@ class _Placer:
     def _is_mean(self, node: fx.Node) -> bool:
         module = self.module(node)
         if module is not None:
-            return isinstance(module, (nn.AdaptiveAvgPool2d, timm.layers.SelectAdaptivePool2d))
+            return isinstance(module, _MEAN_MODULES)
         return self._is_function(node, _MEANS, ("mean",))
 
-    def _before_product(self, node: fx.Node) -> bool:
-        """Whether the result of ``node`` goes through 1 x 1 convolutions and element-wise layers into a product."""
-        while len(node.users) == 1:
-            (node,) = node.users
-            if self._is_function(node, (operator.mul, operator.imul, torch.mul), ("mul", "mul_")):
-                return True
+    def _spread(self, node: fx.Node) -> str:
+        """Say how the result of a convolution on pooled maps is spread over the image again; nothing if it is not.
+
+        Squeeze-and-excitation multiplies channels with it, pooling branches of segmentation heads resize it; between
+        are 1 x 1 convolutions and element-wise layers.
+        """
+        while len(users := self._readers(node)) == 1:
+            (node,) = users
+            if self._is_function(node, _MULTIPLIES, ("mul", "mul_")):
+                return "part of a gate"
+            if self._is_resize(node):
+                return "part of a pooling branch"
             if node.op == "output" or isinstance(self.module(node), nn.Linear):
-                return False
-        return False
+                return ""
+        return ""
 
     # Residual adds ----------------------------------------------------------------------------------------------------
 
@@ -157,6 +166,10 @@ class _Placer:
         ends = [self._last_product(operand, quantized) for operand in operands]
         if not any(ends):
             return None
+        resized = [self._is_resized(operand) for operand in operands]
+        if any(resized):  # a coarser map comes from far, and it is the other one that enters from its convolution
+            branch = resized.index(False) if False in resized else 0
+            return (operands[1 - branch], ends[branch]) if ends[branch] else None
         distances = self._distances(*operands)
         if distances is None:  # no common ancestor: a constant, such as positions
             return None
@@ -173,9 +186,7 @@ class _Placer:
             module = self.module(node)
             if isinstance(module, _PRODUCTS):
                 return str(node.target) if isinstance(module, kinds) and node.target in quantized else ""
-            followed = module is not None or self._is_function(
-                node, (operator.mul, operator.imul, torch.mul, *_MOVES), ("mul", *_MOVE_METHODS)
-            )
+            followed = module is not None or self._is_function(node, (*_MULTIPLIES, *_MOVES), ("mul", *_MOVE_METHODS))
             if not followed or not node.args or not isinstance(node.args[0], fx.Node):
                 return ""
             node = node.args[0]
@@ -194,7 +205,7 @@ class _Placer:
         """The nodes that depend on the images."""
         found: set[fx.Node] = set()
         for node in self.nodes:
-            if node.op == "placeholder" or any(parent in found for parent in node.all_input_nodes):
+            if node.op == "placeholder" or any(parent in found for parent in self._inputs(node)):
                 found.add(node)
         return found
 
@@ -204,13 +215,13 @@ class _Placer:
             current = pending.pop()
             if current not in seen:
                 seen.add(current)
-                pending += current.all_input_nodes
+                pending += self._inputs(current)
         return seen
 
     def _longest(self, start: fx.Node, end: fx.Node) -> int:
         length = {start: 0}
         for node in self.nodes[self.order[start] + 1 : self.order[end] + 1]:
-            ways = [length[parent] for parent in node.all_input_nodes if parent in length]
+            ways = [length[parent] for parent in self._inputs(node) if parent in length]
             if ways:
                 length[node] = max(ways) + 1
         return length[end]
@@ -223,9 +234,11 @@ class _Placer:
         names: dict[fx.Node, str] = {}  # of the first user, by what has one scale
         pending = list(uses)
         joined: list[tuple[fx.Node, fx.Node, fx.Node]] = []
+        resizes: list[tuple[fx.Node, fx.Node]] = []
         seen: set[fx.Node] = set()
         while pending:
             _, tensor, name = pending.pop(0)
+            resizes += [(node, node.args[0]) for node in self._resizes_behind(tensor)]
             root = self._root(tensor)
             if root not in seen:
                 seen.add(root)
@@ -239,6 +252,10 @@ class _Placer:
             placement.inputs[user, tensor] = names[self._find(self._root(tensor))]
         for user, part, root in joined:
             placement.inputs[user, part] = names[self._find(root)]
+        means = [(node, node.args[0]) for node in self.nodes if self._is_mean(node)]
+        for user, tensor in (*resizes, *means):
+            if (root := self._find(self._root(tensor))) in names:
+                placement.inputs[user, tensor] = names[root]
 
     def _parts(self, root: fx.Node) -> Iterator[fx.Node]:
         """Yield the inputs of a concatenation."""
@@ -249,13 +266,36 @@ class _Placer:
                     yield part
 
     def _root(self, node: fx.Node) -> fx.Node:
-        """Return the node that made the values of ``node``, which others have only moved since."""
-        while True:
-            module = self.module(node)
-            moved = isinstance(module, _MOVE_MODULES) if module is not None else self._is_move(node)
-            if not moved or not node.args or not isinstance(node.args[0], fx.Node):
-                return node
-            node = node.args[0]
+        """Return the node that made the values of ``node``, which others have only moved or resized since."""
+        while (before := self._moved(node)) is not None:
+            node = before
+        return node
+
+    def _moved(self, node: fx.Node) -> fx.Node | None:
+        """Return what ``node`` only moves or resizes; None if it does more."""
+        module = self.module(node)
+        moved = isinstance(module, _MOVE_MODULES) if module is not None else self._is_move(node)
+        if not (moved or self._is_resize(node)) or not node.args or not isinstance(node.args[0], fx.Node):
+            return None
+        return node.args[0]
+
+    def _resizes_behind(self, node: fx.Node) -> Iterator[fx.Node]:
+        """Yield the resizes between ``node`` and the node that made its values."""
+        while (before := self._moved(node)) is not None:
+            if self._is_resize(node):
+                yield node
+            node = before
+
+    def _is_resized(self, node: fx.Node) -> bool:
+        return any(True for _ in self._resizes_behind(node))
+
+    def _is_resize(self, node: fx.Node) -> bool:
+        module = self.module(node)
+        if module is not None:
+            return isinstance(module, nn.Upsample) and module.mode in _CONVEX
+        if not self._is_function(node, _RESIZES, ()):
+            return False
+        return (node.args[3] if len(node.args) > 3 else node.kwargs.get("mode", "nearest")) in _CONVEX
 
     def _is_move(self, node: fx.Node) -> bool:
         if node.op == "call_function" and node.target is operator.getitem:
@@ -272,6 +312,21 @@ class _Placer:
         one, other = self._find(one), self._find(other)
         if one is not other:
             self._parents[other] = one
+
+    def _inputs(self, node: fx.Node) -> list[fx.Node]:
+        """Return the tensors that ``node`` computes with, rather than the shapes of others."""
+        return [parent for parent in node.all_input_nodes if not self._is_shape(parent)]
+
+    def _readers(self, node: fx.Node) -> list[fx.Node]:
+        """Return the users of ``node`` that compute with it, rather than with its shape."""
+        return [user for user in node.users if not self._is_shape(user)]
+
+    def _is_shape(self, node: fx.Node) -> bool:
+        """Whether ``node`` is a shape or another property of a tensor, or is computed from such alone."""
+        if node.op == "call_method" and node.target == "size" or node.target is getattr:
+            return True
+        parents = node.all_input_nodes if node.op == "call_function" else []
+        return bool(parents) and all(map(self._is_shape, parents))
 
     @staticmethod
     def _is_function(node: fx.Node, functions: tuple, methods: tuple[str, ...]) -> bool:

@@ -18,8 +18,8 @@ class Int8Scheme:
             ``percentile`` leaves out the largest values, ``entropy`` and ``mse`` weigh clipping against rounding.
         percentile: Share of the values in percent that ``percentile`` keeps.
         attention: ``int8`` quantises the products of queries, keys and values as well.
-        gates: ``int8`` quantises the layers of squeeze-and-excitation as well; they work on pooled maps, where INT8
-            saves nothing.
+        gates: ``int8`` quantises the layers of squeeze-and-excitation and of pooling branches as well; they work on
+            pooled maps, where INT8 saves nothing.
         residual: Which residual adds get a quantised skip input: those behind a convolution (``conv``), or ``all``.
         skip: Names of layers that stay in float, ``*`` allowed.
         learned_scales: Let the scales of the activations learn in training (LSQ).

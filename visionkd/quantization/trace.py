@@ -14,7 +14,10 @@ from visionkd.models.modes import evaluating
 from visionkd.models.network import Network
 
 #: Where modules come from that may stay whole if they hold no product; they then keep their train and eval modes.
-_LIBRARIES = ("torch.nn", "timm.layers", "torchvision.ops", "timm.models", "visionkd.models.cifar_resnet")
+_LIBRARIES = (
+    "torch.nn", "timm.layers", "torchvision.ops", "timm.models", "visionkd.models.cifar_resnet",
+    "visionkd.models.segmentation",
+)  # fmt: skip
 _PRODUCTS = (nn.modules.conv._ConvNd, nn.Linear)
 _SUM_PARTS = (nn.Sequential, nn.ModuleList)
 

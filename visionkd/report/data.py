@@ -17,6 +17,8 @@ from visionkd.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from visionkd.report.segmentation import Segmentation
+
 
 @dataclass(frozen=True)
 class ModelRow:
@@ -26,6 +28,8 @@ class ModelRow:
         name: Architecture, such as ``resnet18``.
         top1: Percent.
         top5: Percent; not shown where there are five classes or fewer.
+        miou: Percent, of a segmentation network.
+        pixel_acc: Percent of its pixels that are right.
         params_m: Millions of parameters.
         macs_g: Billions of multiply-accumulates for one image.
         size_mb: Megabytes of the weights file.
@@ -36,11 +40,18 @@ class ModelRow:
     name: str
     top1: float | None = None
     top5: float | None = None
+    miou: float | None = None
+    pixel_acc: float | None = None
     params_m: float | None = None
     macs_g: float | None = None
     size_mb: float | None = None
     latency_ms: Mapping[str, float | None] = field(default_factory=dict)
     note: str = ""
+
+    @property
+    def score(self) -> float | None:
+        """The measure that counts, in percent: mIoU of a segmentation network, top-1 of a classifier."""
+        return self.top1 if self.miou is None else self.miou
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,9 @@ class ExportRow:
         top1_float: Percent of the float network, beside an INT8 file.
         speedup: How many times as fast as the float network the INT8 file is, where it was timed.
         left_float: Layers that the gate left in float to keep the accuracy.
+        miou_torch: As ``top1_torch``, of a segmentation network.
+        miou_exported: As ``top1_exported``.
+        miou_float: As ``top1_float``.
     """
 
     file: str
@@ -70,6 +84,14 @@ class ExportRow:
     top1_float: float | None = None
     speedup: float | None = None
     left_float: Sequence[str] = ()
+    miou_torch: float | None = None
+    miou_exported: float | None = None
+    miou_float: float | None = None
+
+    def score(self, of: str) -> float | None:
+        """Return mIoU, or top-1 where there is none, ``of`` the network in ``torch`` or ``float``, or ``exported``."""
+        found = getattr(self, f"miou_{of}")
+        return getattr(self, f"top1_{of}") if found is None else found
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +223,9 @@ class ReportData:
         curves: The run's training curves.
         baseline_curves: The baseline's.
         classes: Class names in index order; numbered names where empty.
+        measure: What the networks are compared by: ``top-1``, or ``mIoU`` of segmentation networks.
         evaluation: Answers on the evaluated split.
+        segmentation: The same of segmentation networks.
         thumbnail: Gives the picture of sample ``index`` of the evaluation; may raise where it cannot be read.
         environment: Versions, devices, commit; nested mappings are flattened.
         config: The run's resolved ``config.yaml`` as text.
@@ -229,7 +253,9 @@ class ReportData:
     curves: Curves | None = None
     baseline_curves: Curves | None = None
     classes: tuple[str, ...] = ()
+    measure: str = "top-1"
     evaluation: Evaluation | None = None
+    segmentation: Segmentation | None = None
     thumbnail: Callable[[int], Image] | None = None
     environment: Mapping[str, Any] = field(default_factory=dict)
     config: str = ""
@@ -251,14 +277,17 @@ class ReportData:
     @cached_property
     def class_names(self) -> tuple[str, ...]:
         """Class names, made up where the run has none."""
-        if self.classes or self.evaluation is None:
+        if self.classes:
             return tuple(self.classes)
+        if self.evaluation is None:
+            return tuple(f"class {index}" for index in range(self.segmentation.num_classes if self.segmentation else 0))
         return tuple(f"class {index}" for index in range(self.evaluation.student_probs.shape[1]))
 
     @property
     def distilled(self) -> bool:
-        """Whether there is a teacher to compare with."""
-        return bool(self.teachers) or (self.evaluation is not None and self.evaluation.teacher_probs is not None)
+        """Whether a teacher taught the network, be it one that is not compared with it."""
+        answered = self.evaluation is not None and self.evaluation.teacher_probs is not None
+        return bool(self.teachers) or answered or (bool(self.method) and self.segmentation is not None)
 
 
 def _places(rows: list[dict[str, Any]], start: float) -> list[float]:

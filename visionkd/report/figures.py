@@ -44,6 +44,8 @@ def learning_curves(curves: Curves, baseline: Curves | None = None, *, student: 
     losses = [name for name in curves.curves if name.endswith("loss") and name not in ("loss",)]
     panels = [
         ("curve-top1", "Accuracy, top-1 in %", ["top1"], True),
+        ("curve-miou", "mIoU in %", ["miou"], True),
+        ("curve-pixel-acc", "Pixel accuracy in %", ["pixel_acc"], True),
         ("curve-loss", "Loss", ["loss"], True),
         ("curve-parts", "Parts of the training loss", losses, False),
         ("curve-lr", "Learning rate", ["lr"], False),
@@ -124,7 +126,9 @@ def tick(value: float) -> str:
     return f"{value:,.4g}".replace(",", "\u00a0").replace("-", "\u2212")
 
 
-def accuracy_against_cost(student: ModelRow, teachers: Sequence[ModelRow], baseline: ModelRow | None) -> list[Picture]:
+def accuracy_against_cost(
+    student: ModelRow, teachers: Sequence[ModelRow], baseline: ModelRow | None, *, measure: str = "top-1"
+) -> list[Picture]:
     """Draw accuracy over each cost that was measured of at least two networks, on logarithmic axes.
 
     Every picture has the legend of them all, so that the page can print it once.
@@ -132,7 +136,7 @@ def accuracy_against_cost(student: ModelRow, teachers: Sequence[ModelRow], basel
     rows = [("teacher", row) for row in teachers] + [("student", student)]
     if baseline is not None:
         rows.append(("baseline", baseline))
-    rows = [(role, row) for role, row in rows if row.top1 is not None]
+    rows = [(role, row) for role, row in rows if row.score is not None]
     backends = list(dict.fromkeys(name for _, row in rows for name in row.latency_ms))
     costs = [
         ("cost-params", "Parameters, M", lambda row: row.params_m),
@@ -146,7 +150,7 @@ def accuracy_against_cost(student: ModelRow, teachers: Sequence[ModelRow], basel
     legend = tuple(LegendItem(role, f"{shorten(row.name, 40)}, {role}", marks[role][1]) for role, row in rows)
     pictures = []
     for key, title, cost in costs:
-        points = [(role, float(cost(row)), float(row.top1 or 0.0)) for role, row in rows if cost(row)]
+        points = [(role, float(cost(row)), float(row.score or 0.0)) for role, row in rows if cost(row)]
         # A student and its baseline cost the same: without another network there is nothing to trade.
         if len({round(math.log(x), 1) for _, x, _ in points}) < 2:
             continue
@@ -165,8 +169,8 @@ def accuracy_against_cost(student: ModelRow, teachers: Sequence[ModelRow], basel
                 FixedLocator([y for y in MaxNLocator(5).tick_values(low - pad, high + pad) if 0 <= y <= 100])
             )
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
-            axes.set_ylabel("top-1, %")
-            svg = to_svg(figure, key, f"Top-1 accuracy against {title}")
+            axes.set_ylabel(f"{measure}, %")
+            svg = to_svg(figure, key, f"{measure} against {title}")
         pictures.append(Picture(svg, title, PANEL_WIDTH, legend=legend))
     return pictures
 
@@ -189,7 +193,14 @@ def log_axis(axes: Axes, values: Sequence[float]) -> None:
 
 
 def class_bars(
-    accuracy: Mapping[str, np.ndarray], counts: np.ndarray, classes: Sequence[str], *, student: str = "Student"
+    accuracy: Mapping[str, np.ndarray],
+    counts: np.ndarray,
+    classes: Sequence[str],
+    *,
+    student: str = "Student",
+    label: str = "Accuracy of each class in percent",
+    caption: str = "Percent of each class's images that are classified rightly, worst class first.",
+    absent: str = "have no image in this split",
 ) -> Picture | None:
     """Draw one bar per class for the student, worst first, with marks for teacher and baseline.
 
@@ -197,6 +208,10 @@ def class_bars(
         accuracy: ``student``, perhaps ``teacher`` and ``baseline``: percent per class, NaN without samples; length C.
         counts: Samples per class, length C.
         classes: Names, length C.
+        student: What the student is called.
+        label: What the picture shows, read out in its place.
+        caption: The same for the eye.
+        absent: What is said of classes with a count of 0.
     """
     values = accuracy["student"]
     order = [int(i) for i in np.argsort(values, kind="stable") if counts[i]]
@@ -242,21 +257,26 @@ def class_bars(
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
         axes.spines["bottom"].set_bounds(0.0, 100.0)
-        svg = to_svg(figure, "classes", "Accuracy of each class in percent")
+        svg = to_svg(figure, "classes", label)
     legend = [LegendItem("student", student, "bar")]
     legend += [LegendItem("teacher", "Teacher", "tick")] if "teacher" in accuracy else []
     legend += [LegendItem("baseline", "Baseline", "diamond")] if "baseline" in accuracy else []
-    caption = "Percent of each class's images that are classified rightly, worst class first."
     if len(accuracy) > 1:
         caption += f" The number at the right is the {student.lower()}'s."
     if len(shown) < len(order):
         caption += f" Only the {len(shown)} worst of {len(order)} classes are shown."
     elif len(order) < len(classes):
-        caption += f" {len(classes) - len(order)} of {len(classes)} classes have no image in this split."
+        caption += f" {len(classes) - len(order)} of {len(classes)} classes {absent}."
     return Picture(svg, "", 520, legend=tuple(legend) if len(legend) > 1 else (), caption=caption)
 
 
-def confusion_map(matrix: np.ndarray, classes: Sequence[str]) -> Picture | None:
+_CONFUSED = (
+    "Percent of the images of the class at the left that were given the class below. "
+    "Blue: right. Orange: mistakes, on a scale of their own, the most frequent one strongest."
+)
+
+
+def confusion_map(matrix: np.ndarray, classes: Sequence[str], *, caption: str = _CONFUSED) -> Picture | None:
     """Draw C x C counts as shares of each row; None beyond MAX_CLASSES. Mistakes have a scale of their own."""
     size = len(classes)
     if size > MAX_CLASSES or not matrix.sum():
@@ -302,10 +322,6 @@ def confusion_map(matrix: np.ndarray, classes: Sequence[str]) -> Picture | None:
             )
         svg = to_svg(figure, "confusion", "Confusion matrix")
         width = figure.get_figwidth() * 72.0
-    caption = (
-        "Percent of the images of the class at the left that were given the class below. "
-        "Blue: right. Orange: mistakes, on a scale of their own, the most frequent one strongest."
-    )
     return Picture(svg, "", round(width * 1.35), min_width=round(width * 0.95), caption=caption)
 
 

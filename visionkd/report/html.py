@@ -14,7 +14,7 @@ from PIL import Image
 
 import visionkd
 from visionkd.errors import VisionKDError
-from visionkd.report import analysis, augmentation, figures, reconstruction
+from visionkd.report import analysis, augmentation, figures, reconstruction, segmentation
 from visionkd.report.data import Evaluation, ModelRow, ReportData
 from visionkd.report.pictures import picture_uri
 from visionkd.report.text import (
@@ -82,11 +82,11 @@ def render_report(data: ReportData) -> str:
         "backends": _backends(models),
         "measured": {
             name
-            for name in ("top5", "params_m", "macs_g", "size_mb")
+            for name in ("top5", "pixel_acc", "params_m", "macs_g", "size_mb")
             if any(getattr(row, name) is not None for _, row in models)
         },
         "curves": figures.learning_curves(data.curves, data.baseline_curves, student=_who(data)) if data.curves else [],
-        "costs": figures.accuracy_against_cost(data.student, data.teachers, data.baseline),
+        "costs": figures.accuracy_against_cost(data.student, data.teachers, data.baseline, measure=data.measure),
         "strips": augmentation.strips(moments),
         "reconstructions": reconstruction.read_reconstructions(data.reconstructions),
         "learned": augmentation.parameter_rows(moments),
@@ -103,9 +103,16 @@ def render_report(data: ReportData) -> str:
         "baseline_agreement": None,
         "reliability": None,
         "differences": (),
+        "scenes": (),
+        "num_worst": 0,
+        "color_keys": (),
     }
     if data.evaluation is not None and len(data.evaluation):
         context.update(_evaluated(data, data.evaluation, answers))
+    if data.segmentation is not None and len(data.segmentation):
+        context |= segmentation.describe(
+            data.segmentation, classes=data.class_names, load=data.thumbnail, student=_who(data)
+        )
     return environment.get_template("template.html.j2").render(context).strip() + "\n"
 
 
@@ -157,11 +164,12 @@ def _facts(data: ReportData) -> list[tuple[str, str]]:
         facts.append(("Method", data.method))
     if data.data:
         facts.append(("Data", data.data))
-    if data.evaluation is not None:
+    evaluated = data.evaluation if data.evaluation is not None else data.segmentation
+    if evaluated is not None:
         facts.append(
             (
                 "Evaluated on",
-                f"{plural(len(data.evaluation), 'image')} of {data.split}, "
+                f"{plural(len(evaluated), 'image')} of {data.split}, "
                 f"{plural(len(data.class_names), 'class', 'classes')}",
             )
         )

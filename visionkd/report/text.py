@@ -105,9 +105,9 @@ def _cost(student: ModelRow, teacher: ModelRow) -> str:
 
 
 def _against_baseline(student: ModelRow, baseline: ModelRow | None) -> str:
-    if baseline is None or baseline.top1 is None or student.top1 is None:
+    if baseline is None or baseline.score is None or student.score is None:
         return ""
-    gap = student.top1 - baseline.top1
+    gap = student.score - baseline.score
     # A baseline may carry a remark behind its name.
     same = baseline.name == student.name or baseline.name.startswith(f"{student.name} ")
     other = "the same network trained alone" if same else f"the baseline {printable(baseline.name)}"
@@ -123,25 +123,28 @@ def summary_sentence(
 
     A ``note`` says that top-1 is no accuracy, since the targets are the teacher's answers.
     """
-    if note and student.top1 is not None:
-        return f"The student gives the teacher's answer for {student.top1:.2f}{NBSP}% of the images. {note}."
-    measured = [row for row in teachers if row.top1]
-    if student.top1 is None:
+    if note and student.score is not None:
+        return f"The student gives the teacher's answer for {student.score:.2f}{NBSP}% of the images. {note}."
+    measured = [row for row in teachers if row.score]
+    if student.score is None:
         return "The student's accuracy was not measured." if teachers else "The accuracy was not measured."
     if not measured:
+        measure = "mIoU" if student.miou is not None else "top-1 accuracy"
         size = f" with {quantity(student.params_m)}{NBSP}M parameters" if student.params_m else ""
         tail = _against_baseline(student, baseline)
-        return f"{printable(student.name)} reaches {student.top1:.2f}{NBSP}% top-1 accuracy{size}{tail}."
-    best = max(measured, key=lambda row: row.top1 or 0.0)
+        return f"{printable(student.name)} reaches {student.score:.2f}{NBSP}% {measure}{size}{tail}."
+    noun = "mIoU" if student.miou is not None else "accuracy"
+    best = max(measured, key=lambda row: row.score or 0.0)
     whose = "the teacher" if len(teachers) == 1 else "the best teacher"
-    gap = student.top1 - (best.top1 or 0.0)
+    gap = student.score - (best.score or 0.0)
     if abs(gap) < 0.005:
-        start = f"The student matches {whose}'s accuracy"
+        start = f"The student matches {whose}'s {noun}"
     elif gap > 0:
-        start = f"The student is {gap:.2f}{NBSP}points more accurate than {whose}"
+        more = "more accurate than" if student.miou is None else "of mIoU above"
+        start = f"The student is {gap:.2f}{NBSP}points {more} {whose}"
     else:
         # 99.96 % must not be printed as if nothing had been lost.
-        kept = 100.0 * student.top1 / (best.top1 or 1.0)
+        kept = 100.0 * student.score / (best.score or 1.0)
         kept = math.floor(kept * 10) / 10 if kept > 99 else kept
-        start = f"The student keeps {kept:.1f}{NBSP}% of {whose}'s accuracy"
+        start = f"The student keeps {kept:.1f}{NBSP}% of {whose}'s {noun}"
     return f"{start}{_cost(student, best)}{_against_baseline(student, baseline)}."

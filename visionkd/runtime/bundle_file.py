@@ -13,6 +13,7 @@ from visionkd.errors import DataError, RequestError
 from visionkd.files import sha256
 from visionkd.runtime.cuda_driver import find_device
 from visionkd.runtime.engine_file import ENGINE_SUFFIX
+from visionkd.runtime.zoo_name import local_model
 
 MANIFEST = "manifest.json"
 BUNDLE_FORMAT = 1
@@ -21,6 +22,7 @@ _ORDER: Mapping[str, tuple[str, ...]] = {
     "onnxruntime": ("int8-cpu", "float", "int8-tensorrt"),
     "tensorrt": ("int8-tensorrt", "float"),
 }
+_USES: Mapping[str | None, Literal["torch", "onnx"]] = {"torch": "torch", "onnxruntime": "onnx"}
 
 
 @dataclass(frozen=True)
@@ -96,15 +98,18 @@ def read_bundle(directory: str | os.PathLike[str]) -> Bundle:
 def file_to_run(model: str, backend: str | None = None) -> str:
     """Return the file of a bundle that ``backend`` runs, after a look at all of its hashes; other MODELs as they are.
 
+    A ``zoo:`` name is pulled: to an ONNX file for ``onnxruntime``, else to the first of its forms that can be run here.
+
     Args:
         model: Any MODEL.
-        backend: ``onnxruntime`` or ``tensorrt``; None takes an engine that was built in the bundle, where there is a
-            GPU, or else ONNX.
+        backend: ``torch``, ``onnxruntime`` or ``tensorrt``; None takes an engine that was built in the bundle, where
+            there is a GPU, or else ONNX.
 
     Raises:
         RequestError: If ``tensorrt`` is asked for and no engine was built yet.
         DataError: If the bundle is damaged.
     """
+    model = local_model(model, use=_USES.get(backend, "any"))
     if not is_bundle(model):
         return model
     bundle = read_bundle(model)

@@ -57,7 +57,7 @@ def decode_rgb(file: str | os.PathLike[str] | bytes | BinaryIO, *, name: str | N
         raise
     # Pillow's decoders meet hostile bytes with errors of many types (SyntaxError, struct.error, zlib.error ...).
     except Exception as error:
-        raise _unreadable(name, error) from error
+        raise unreadable(name, error) from error
 
 
 def _formats(content: bytes) -> tuple[str, ...] | None:
@@ -67,7 +67,8 @@ def _formats(content: bytes) -> tuple[str, ...] | None:
     return ("PNG",) if content.startswith(b"\x89PNG\r\n") else None
 
 
-def _unreadable(name: str, error: Exception) -> UnreadableImageError:
+def unreadable(name: str, error: Exception) -> UnreadableImageError:
+    """Return the error to raise where Pillow raised ``error`` over the image called ``name``."""
     if isinstance(error, Image.UnidentifiedImageError):
         return UnreadableImageError(f"cannot read '{name}': not an image, or in a format that Pillow does not know")
     if isinstance(error, OSError) and error.strerror:

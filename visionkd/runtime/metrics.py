@@ -1,8 +1,10 @@
-"""Classification metrics in numpy. Shares are in percent; ``nll`` is in nats."""
+"""Metrics of classification and segmentation in numpy. Shares are in percent; ``nll`` is in nats."""
 
 from __future__ import annotations
 
 import numpy as np
+
+from visionkd.types import IGNORE
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -89,3 +91,72 @@ def _checked(scores: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.nd
         low, high = int(targets.min()), int(targets.max())
         raise ValueError(f"targets from {low} to {high} do not fit {scores.shape[1]} classes")
     return scores, targets.astype(np.int64)
+
+
+def pixel_confusion(given: np.ndarray, target: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return C x C counts of pixels: rows are the targets, columns the answers; pixels without a label do not count.
+
+    Args:
+        given: Class of each pixel, H x W, each below ``num_classes``.
+        target: The same with 255 where there is no label.
+        num_classes: C.
+    """
+    given, target = np.asarray(given), np.asarray(target)
+    if given.shape != target.shape:
+        raise ValueError(f"an answer of {given.shape} pixels to a map of {target.shape}")
+    seen = target != IGNORE
+    labels = target[seen].astype(np.int64)
+    if labels.size and labels.max() >= num_classes:
+        raise ValueError(f"the class {int(labels.max())} in a map of {num_classes} classes")
+    flat = np.bincount(labels * num_classes + given[seen], minlength=num_classes * num_classes)
+    return flat.reshape(num_classes, num_classes)
+
+
+def intersection_and_union(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each class the pixels that answer and map share, and those of either: C each of C x C counts."""
+    own = np.diagonal(confusion, axis1=-2, axis2=-1)
+    return own, confusion.sum(-1) + confusion.sum(-2) - own
+
+
+def class_iou(intersection: np.ndarray, union: np.ndarray) -> np.ndarray:
+    """Return intersection over union in percent, C; NaN for a class that neither map nor answer has."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(union > 0, 100.0 * intersection / union, np.nan)
+
+
+def mean_iou(intersection: np.ndarray, union: np.ndarray) -> float:
+    """Return the mean over the classes that map or answer has; NaN where there is none."""
+    found = class_iou(intersection, union)
+    return float(np.nanmean(found)) if np.isfinite(found).any() else float("nan")
+
+
+def segmentation_metrics(confusion: np.ndarray) -> dict[str, float]:
+    """Return ``miou`` and ``pixel_acc`` of C x C counts of pixels."""
+    total = int(confusion.sum())
+    right = float(np.trace(confusion))
+    return {
+        "miou": mean_iou(*intersection_and_union(confusion)),
+        "pixel_acc": 100.0 * right / total if total else float("nan"),
+    }
+
+
+def resize_maps(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return maps, ... x h x w, at another size, by bilinear interpolation between the centres of pixels.
+
+    The same as PyTorch's ``interpolate`` with ``align_corners=False``; nothing is smoothed where a map shrinks.
+    """
+    if values.shape[-2:] == tuple(size):
+        return values
+    rows, columns = (_interpolation(*sides) for sides in zip(values.shape[-2:], size, strict=True))
+    return rows @ (values @ columns.T)
+
+
+def _interpolation(before: int, after: int) -> np.ndarray:
+    """Return the matrix, after x before, that interpolates along one side."""
+    place = np.clip((np.arange(after) + 0.5) * before / after - 0.5, 0.0, before - 1)
+    low = np.minimum(place.astype(int), max(before - 2, 0))
+    share = (place - low).astype(np.float32)
+    found = np.zeros((after, before), np.float32)
+    found[np.arange(after), low] = 1.0 - share
+    found[np.arange(after), np.minimum(low + 1, before - 1)] += share
+    return found

@@ -27,6 +27,7 @@ class OnnxFile:
         inputs: Name and shape of each input that is no weight; a free side is its name, or None.
         operators: Operator types that occur, with their number.
         weight_types: Numbers of the types (``TensorProto.DataType``) that weights have.
+        has_external_data: Whether weights lie in other files, which the file names by any path.
     """
 
     metadata: dict[str, str]
@@ -34,6 +35,7 @@ class OnnxFile:
     inputs: dict[str, tuple[int | str | None, ...]]
     operators: dict[str, int]
     weight_types: frozenset[int]
+    has_external_data: bool = False
 
     @property
     def is_quantized(self) -> bool:
@@ -96,7 +98,29 @@ def _model(data: memoryview) -> OnnxFile:
             name, shape = _value_info(_message(value))
             inputs[name] = shape
     inputs = {name: shape for name, shape in inputs.items() if name not in weights}
-    return OnnxFile(metadata, opset, inputs, operators, frozenset(types))
+    external = _is_external(graph, _GRAPH) or any(_is_external(each, _FUNCTION) for each in _each(data, 25))
+    return OnnxFile(metadata, opset, inputs, operators, frozenset(types), external)
+
+
+#: Where tensors hide: by kind of message, the numbers of its fields that hold further ones, and their kind.
+_TENSOR, _SPARSE = "tensor", {1: "tensor", 2: "tensor"}
+_FUNCTION: dict[int, object] = {}
+_NODE: dict[int, object] = {}
+_ATTRIBUTE: dict[int, object] = {5: _TENSOR, 10: _TENSOR, 22: _SPARSE, 23: _SPARSE}
+_GRAPH: dict[int, object] = {1: _NODE, 5: _TENSOR, 15: _SPARSE}
+_FUNCTION[7], _NODE[5] = _NODE, _ATTRIBUTE
+_ATTRIBUTE[6] = _ATTRIBUTE[11] = _GRAPH
+
+
+def _is_external(data: memoryview, kind: object, depth: int = 0) -> bool:
+    """Tell whether a message of this kind holds a tensor whose values lie in another file."""
+    if depth > 64:
+        raise ValueError("it is nested too deeply")
+    if not isinstance(kind, dict):
+        return any(number == 13 or (number == 14 and value == 1) for number, value in _fields(data))
+    return any(
+        number in kind and _is_external(_message(value), kind[number], depth + 1) for number, value in _fields(data)
+    )
 
 
 def _value_info(data: memoryview) -> tuple[str, tuple[int | str | None, ...]]:

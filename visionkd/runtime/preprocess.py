@@ -48,6 +48,24 @@ def preprocess(image: Image.Image, spec: InputSpec) -> np.ndarray:
     return array[top : top + height, left : left + width]
 
 
+def stretch(image: Image.Image, spec: InputSpec) -> np.ndarray:
+    """Resize an image to the network's input as a whole: every pixel of it is asked about, none is cut off.
+
+    Args:
+        image: RGB image of any size.
+        spec: The network's input; ``crop_pct`` does not matter.
+
+    Returns:
+        uint8 array H x W x 3.
+    """
+    if spec.interpolation not in RESAMPLING:
+        raise RequestError(f"unknown interpolation '{spec.interpolation}'; known: {', '.join(RESAMPLING)}")
+    height, width = spec.img_size
+    if image.size != (width, height):
+        image = image.resize((width, height), RESAMPLING[spec.interpolation])
+    return np.asarray(image)
+
+
 def _resized_size(image_width: int, image_height: int, spec: InputSpec) -> tuple[int, int]:
     """Width and height after resizing."""
     height, width = (math.floor(side / spec.crop_pct) for side in spec.img_size)

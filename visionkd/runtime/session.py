@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,9 +13,9 @@ from PIL.Image import Image
 
 from visionkd.errors import Problem, RequestError
 from visionkd.runtime.engine_file import ENGINE_SUFFIX
-from visionkd.runtime.metrics import softmax
+from visionkd.runtime.metrics import resize_maps, softmax
 from visionkd.runtime.ort import Accelerator, OrtModel
-from visionkd.runtime.preprocess import preprocess, to_batch
+from visionkd.runtime.preprocess import preprocess, stretch, to_batch
 from visionkd.types import InputSpec, TaskName
 
 if TYPE_CHECKING:
@@ -56,8 +56,19 @@ class Session:
         self.architecture: str | None = self.metadata.get("architecture")
 
     def predict_logits(self, batch: np.ndarray) -> np.ndarray:
-        """Return logits, N x C float32, for ``batch``, N x 3 x H x W float32 in [0, 1]."""
+        """Return logits, float32, for ``batch``, N x 3 x H x W float32 in [0, 1].
+
+        Returns:
+            N x C, or N x C x h x w of a segmentation network.
+        """
         return self._model.run(np.ascontiguousarray(batch, dtype=np.float32))[0]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of outputs; where the file names no classes, the model is run once to see."""
+        if self.classes is not None:
+            return len(self.classes)
+        return self.predict_logits(np.zeros((1, 3, *self.input.img_size), np.float32)).shape[1]
 
     def predict_probs(self, batch: np.ndarray) -> np.ndarray:
         """Return probabilities, N x C float32, for ``batch``, N x 3 x H x W float32 in [0, 1]."""
@@ -76,6 +87,34 @@ class Session:
         if not found:
             raise ValueError("there are no images")
         return np.concatenate(found)
+
+    def predict_maps(
+        self, images: Iterable[Image], *, batch_size: int = 1, columns: Sequence[int] | None = None
+    ) -> Iterator[np.ndarray]:
+        """Yield the class of each pixel, uint8 H x W at the image's own size, of RGB images of any size.
+
+        Args:
+            images: What to look at; each is resized to the network's input as a whole.
+            batch_size: Images at a time.
+            columns: Outputs that compete, in the order of the classes that are answered; None takes all.
+        """
+        waiting: list[tuple[np.ndarray, tuple[int, int]]] = []
+        for image in images:
+            waiting.append((stretch(image, self.input), (image.height, image.width)))
+            if len(waiting) == batch_size:
+                yield from self._maps(waiting, columns)
+                waiting = []
+        if waiting:
+            yield from self._maps(waiting, columns)
+
+    def _maps(
+        self, views: Sequence[tuple[np.ndarray, tuple[int, int]]], columns: Sequence[int] | None
+    ) -> Iterator[np.ndarray]:
+        logits = self.predict_logits(to_batch([view for view, _ in views]))
+        if columns is not None:
+            logits = logits[:, list(columns)]
+        for values, (_, size) in zip(logits, views, strict=True):
+            yield resize_maps(values, size).argmax(0).astype(np.uint8)
 
 
 def open_session(

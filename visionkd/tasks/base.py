@@ -24,6 +24,9 @@ class Task(Protocol):
     def loss(self, output: Output, target: Any) -> Tensor:
         """Supervised loss, a scalar."""
 
+    def answer(self, network: Any, image: Tensor) -> Output:
+        """Run ``network`` on images of a validation loader, B x 3 x H x W in [0, 1]."""
+
     def metrics(self) -> MetricCollection:
         """Fresh metrics in percent, by name without prefix."""
 

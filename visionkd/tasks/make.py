@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 from visionkd.config.schema import RunConfig
+from visionkd.errors import Problem, RequestError
 from visionkd.tasks.base import Task
 from visionkd.tasks.classification import ClassificationTask
+from visionkd.tasks.segmentation import SegmentationTask
 from visionkd.types import DataSet
+
+#: Settings of ``augment`` that belong to whole images, each with the value that leaves it out.
+_WHOLE_IMAGES = {"randaugment_ops": 0, "random_erasing": 0.0, "mixup_alpha": 0.0, "cutmix_alpha": 0.0, "learned": None}
 
 
 def task_of(data: DataSet, config: RunConfig) -> Task:
-    """Return the task that ``data`` sets."""
-    return ClassificationTask(num_classes=len(data.classes), label_smoothing=config.training.label_smoothing)
+    """Return the task that ``data`` sets.
+
+    Raises:
+        RequestError: If settings of another task are on.
+    """
+    smoothing = config.training.label_smoothing
+    if data.task != "segmentation":
+        return ClassificationTask(num_classes=len(data.classes), label_smoothing=smoothing)
+    problems = [
+        Problem(f"augment.{name}", f"{value} would not do to maps what it does to images", f"Leave it at {off}.")
+        for name, off in _WHOLE_IMAGES.items()
+        if (value := getattr(config.augment, name)) != off
+    ]
+    if problems:
+        raise RequestError(problems)
+    settings = config.segmentation
+    return SegmentationTask(
+        num_classes=len(data.classes),
+        aux_weight=settings.aux_weight,
+        label_smoothing=smoothing,
+        evaluation=settings.evaluation,
+        slide_overlap=settings.slide_overlap,
+    )

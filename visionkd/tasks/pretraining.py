@@ -20,6 +20,9 @@ class Pretraining:
         """There is none: the module computes its own loss."""
         raise NotImplementedError("a masked objective has no loss against labels")
 
+    def answer(self, network: Any, image: Tensor) -> Output:
+        return network(image)
+
     def metrics(self) -> MetricCollection:
         return MetricCollection({})
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from visionkd.errors import WorkError
 from visionkd.models.factory import Network
+from visionkd.types import IGNORE
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Preflight:
 
     Attributes:
         findings: In reading order.
-        top1: Accuracy in percent on the images looked at; None where they have no labels or other classes.
+        top1: Accuracy in percent on the images looked at, of a segmentation network on their pixels; None where they
+            have no labels or other classes.
         num_images: Number of images looked at.
     """
 
@@ -45,7 +48,7 @@ def preflight(
 
     Args:
         teacher: Network to look at.
-        batches: Images in [0, 1], B x 3 x H x W, and class indices, B.
+        batches: Images in [0, 1], B x 3 x H x W, and class indices, B; of a segmentation network B maps of them.
         num_classes: Number of classes of the data.
         device: Where to run.
         name: What to call the teacher.
@@ -71,10 +74,10 @@ def preflight(
                 raise WorkError(
                     f"{name} answers the same images differently on each pass: it is not deterministic in eval mode."
                 )
-        share.append(logits.softmax(1).amax(1).cpu())
+        share.append(logits.softmax(1).amax(1).flatten().cpu())
         if logits.shape[1] == num_classes:
-            right += int((logits.argmax(1).cpu() == targets).sum())
-            labeled += int((targets >= 0).sum())
+            hits, seen = _hits(logits.cpu(), targets)
+            right, labeled = right + hits, labeled + seen
         count += len(targets)
     if first is None:
         raise WorkError(f"There are no images to look at {name} with.")
@@ -89,14 +92,30 @@ def preflight(
         findings.append(Finding("ok", f"{name}: the images have no labels, so its accuracy is not known"))
         return Preflight(tuple(findings), None, count)
     top1, chance = 100.0 * right / labeled, 1.0 / num_classes
-    bound = 100.0 * (chance + 2.0 * math.sqrt(chance * (1.0 - chance) / labeled))
-    text = f"{name}: {top1:.1f} % top-1 on {labeled} images (chance: {100 * chance:.1f} %)"
+    dense = first.dim() == 4
+    # the pixels of an image are of one mind, so it is the images that count
+    bound = 100.0 * (chance + 2.0 * math.sqrt(chance * (1.0 - chance) / (count if dense else labeled)))
+    what = f"of the pixels right on {count} images" if dense else f"top-1 on {labeled} images"
+    text = f"{name}: {top1:.1f} % {what} (chance: {100 * chance:.1f} %)"
     if top1 > bound:
         findings.append(Finding("ok", text))
     else:
         advice = "not clearly above chance: it may not know these classes, or know them in another order"
         findings.append(Finding("warning", f"{text}: {advice}"))
     return Preflight(tuple(findings), top1, count)
+
+
+def _hits(logits: Tensor, targets: Tensor | Sequence[Tensor]) -> tuple[int, int]:
+    """Return how many of the labels are answered rightly, and how many there are."""
+    if logits.dim() == 2:
+        assert isinstance(targets, Tensor)
+        return int((logits.argmax(1) == targets).sum()), int((targets >= 0).sum())
+    right = labeled = 0
+    for values, target in zip(logits, targets, strict=True):
+        given = F.interpolate(values[None], size=target.shape, mode="bilinear", align_corners=False)[0].argmax(0)
+        right += int(((given == target) & (target != IGNORE)).sum())
+        labeled += int((target != IGNORE).sum())
+    return right, labeled
 
 
 def _describe_input(teacher: Network) -> str:

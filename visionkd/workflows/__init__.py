@@ -27,6 +27,13 @@ _MODULES = {
     "list_configs": "configs",
     "show_config": "configs",
     "copy_config": "configs",
+    "list_zoo": "zoo",
+    "show_zoo": "zoo",
+    "pull_zoo": "zoo",
+    "verify_zoo": "zoo",
+    "add_zoo": "zoo",
+    "push_zoo": "zoo",
+    "prune_zoo": "zoo",
 }
 
 __all__ = list(_MODULES)

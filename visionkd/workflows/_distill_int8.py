@@ -12,7 +12,7 @@ from visionkd.hub.package import save_package
 from visionkd.methods.kd import KD, KDOptions
 from visionkd.models.network import Network
 from visionkd.tasks.make import task_of
-from visionkd.types import DataSet, Listener
+from visionkd.types import DataSet, Listener, TaskName
 from visionkd.workflows._int8 import calibrate_once, fit_int8
 from visionkd.workflows._labels import labels_for
 from visionkd.workflows._networks import load_network
@@ -34,12 +34,15 @@ class Int8Tail:
         config: Settings of the run, resolved.
         img_size: Size of the views.
         uses_labels: Whether the method before it looked at labels.
+        task: Task of the run.
     """
 
-    def __init__(self, config: DistillConfig, *, img_size: tuple[int, int], uses_labels: bool) -> None:
+    def __init__(
+        self, config: DistillConfig, *, img_size: tuple[int, int], uses_labels: bool, task: TaskName = "classification"
+    ) -> None:
         self.int8, self.img_size = config.int8, img_size
         own = config.options if config.method == "kd" and not config.losses else {}
-        self.options = KDOptions(**own)
+        self.options = KDOptions(**{**KD.task_defaults.get(task, {}), **own})
         if not uses_labels:
             self.options = replace(self.options, task_loss_weight=0.0, distill_loss_weight=1.0)
         self.config = self._settings(config)
@@ -77,6 +80,9 @@ class Int8Tail:
             save_package(student.cpu(), kept, task=data.task, classes=data.classes, metrics={}, origin={})
         run.wait_for_path(kept)
         plain = load_network(str(kept))
+        if not teachers and self.int8.epochs != 0:  # of a method whose teacher is shown the labels
+            listener.message("The float student teaches its INT8 form: the teacher of the method is shown the labels")
+            teachers = [load_network(str(kept))]
         network = calibrate_once(
             plain, self.int8, data=data, config=self.config, run=run, listener=listener, stages=stages
         )
@@ -102,7 +108,7 @@ class Int8Tail:
             network = network.train().requires_grad_(True)
             labels = labels_for(
                 config, data=data, teachers=teachers, temperature=KD.label_temperature(self.options),
-                img_size=self.img_size, interpolation=network.input.interpolation, listener=listener,
+                img_size=self.img_size, student=network, listener=listener,
             )  # fmt: skip
             build = partial(
                 KD, student=network, teachers=teachers, config=config, options=self.options,

@@ -9,24 +9,26 @@ from typing import Literal, get_args
 import numpy as np
 
 from visionkd.data.open import open_data
-from visionkd.data.subset import stratified_subset, targets_of
+from visionkd.data.subset import SubsetSource
 from visionkd.errors import Problem, RequestError, UnreadableImageError, WorkError
+from visionkd.export.accuracy import Truth, truth_of
 from visionkd.export.tensorrt import EngineOptions, build_engine, default_timing_cache
 from visionkd.files import check_writable
 from visionkd.runtime.bundle_file import is_bundle, read_bundle
 from visionkd.runtime.cuda_driver import find_device
 from visionkd.runtime.engine_file import ENGINE_SUFFIX, EngineInfo, Library, engine_name
-from visionkd.runtime.metrics import top_k_accuracy
 from visionkd.runtime.onnx_file import read_onnx_file
-from visionkd.runtime.preprocess import preprocess, to_batch
+from visionkd.runtime.preprocess import preprocess, stretch, to_batch
 from visionkd.runtime.session import ONNX_SUFFIX, Session, is_engine_file, open_session
+from visionkd.runtime.zoo_name import local_model
 from visionkd.types import Listener
+from visionkd.workflows._tasks import check_task, work_of
 from visionkd.workflows.evaluate import choose_split, data_config, match_classes, run_of
 from visionkd.workflows.results import EngineResult
 
 _RANDOM_IMAGES = 8
 _BATCH = 16
-#: Largest loss of top-1 of an engine against ONNX Runtime on the same file, in points.
+#: Largest loss of accuracy of an engine against ONNX Runtime on the same file, in points.
 _MAX_DROP = 1.0
 #: Largest difference of logits, as a share of the largest: single INT8 steps and FP16 stay far below.
 _TOLERANCE = 0.2
@@ -88,6 +90,7 @@ def onnx_of(model: str) -> Path:
     Raises:
         RequestError: If there is none.
     """
+    model = local_model(model, use="onnx")
     path = Path(model)
     if is_engine_file(model):
         raise RequestError(f"{model} is an engine already.", hint="Give the ONNX file it is to be built from.")
@@ -165,35 +168,48 @@ class _Comparison:
         self.source, self.data, self.count, self.listener = source, data, count, listener
         self.num_images = 0
         self.max_abs_diff: float | None = None
-        self.top1_onnx: float | None = None
-        self.top1_engine: float | None = None
+        self.accuracies: dict[str, float] = {}
 
     def check(self, engine: Path) -> None:
         """Run both; raise WorkError where they differ too much."""
         from visionkd.runtime.trt import TrtModel
 
         session = Session(TrtModel(engine))
-        images, targets, columns = self._images(session)
-        given = _answers(session, images)
+        images, truth = self._images(session)
         self.num_images = len(images)
-        if not np.isfinite(given).all():
-            raise WorkError(
-                "the engine answers with values that are not finite", hint="Build it with --precision fp32."
-            )
-        if targets is not None:
-            self.top1_engine = float(top_k_accuracy(_columns(given, columns), targets, 1))
+        reference = self._reference()
+        tallies = [truth.tally(), truth.tally()] if truth is not None else []
+        largest = scale = 0.0
+        for start in range(0, len(images), _BATCH):
+            batch = to_batch(images[start : start + _BATCH])
+            given = session.predict_logits(batch)
+            if not np.isfinite(given).all():
+                raise WorkError(
+                    "the engine answers with values that are not finite", hint="Build it with --precision fp32."
+                )
+            answers = [given]
+            if reference is not None:
+                answers.append(reference.predict_logits(batch))
+                largest = max(largest, float(np.abs(given - answers[1]).max()))
+                scale = max(scale, float(np.abs(answers[1]).max()))
+            for tally, logits in zip(tallies, answers, strict=False):
+                tally.add(logits)
+        names = ("engine", "onnx") if reference is not None else ("engine",)
+        if truth is not None:
+            percents = [tally.percent() for tally, _ in zip(tallies, names, strict=False)]
+            self.accuracies = {f"{truth.metric}_{name}": value for name, value in zip(names, percents, strict=True)}
+        if reference is not None:
+            self.max_abs_diff = largest
+            self._judge(scale, truth)
+
+    def _reference(self) -> Session | None:
         try:
-            reference = open_session(self.source)
+            return open_session(self.source)
         except RequestError as error:
             self.listener.message(f"The engine is not compared with its ONNX file: {error.message}", level="warning")
-            return
-        expected = _answers(reference, images)
-        self.max_abs_diff = float(np.abs(given - expected).max())
-        if targets is not None:
-            self.top1_onnx = float(top_k_accuracy(_columns(expected, columns), targets, 1))
-        self._judge(float(np.abs(expected).max()))
+            return None
 
-    def _judge(self, scale: float) -> None:
+    def _judge(self, scale: float, truth: Truth | None) -> None:
         hint = "Report it with the versions from: visionkd doctor"
         share = self.max_abs_diff / scale if scale > 0 else self.max_abs_diff
         if share > _TOLERANCE:
@@ -202,49 +218,47 @@ class _Comparison:
                 f"({_TOLERANCE:g} is allowed), so that no file was written",
                 hint=hint,
             )
-        if self.top1_onnx is not None and self.top1_engine < self.top1_onnx - _MAX_DROP:
+        if truth is None:
+            return
+        engine, onnx = (self.accuracies[f"{truth.metric}_{name}"] for name in ("engine", "onnx"))
+        if engine < onnx - _MAX_DROP:
             raise WorkError(
-                f"the engine has {self.top1_engine:.2f} % top-1, and '{self.source}' {self.top1_onnx:.2f} %: more than "
+                f"the engine has {engine:.2f} % {truth.title}, and '{self.source}' {onnx:.2f} %: more than "
                 f"{_MAX_DROP:g} points lost, so that no file was written",
                 hint=hint,
             )
 
-    def _images(self, session: Session) -> tuple[list[np.ndarray], np.ndarray | None, list[int] | None]:
+    def _images(self, session: Session) -> tuple[list[np.ndarray], Truth | None]:
         run = run_of(str(self.source))
         if self.data is None and run is None:
             self.listener.message("Without --data the engine is compared on random images", level="warning")
             generator = np.random.default_rng(0)
             shape = (*session.input.img_size, 3)
-            return [generator.integers(0, 256, shape, np.uint8) for _ in range(_RANDOM_IMAGES)], None, None
+            return [generator.integers(0, 256, shape, np.uint8) for _ in range(_RANDOM_IMAGES)], None
         config = data_config(self.data, run=run)
         size = max(session.input.img_size)
-        dataset = open_data(
-            config.data.path, config=config.data, seed=config.data.split_seed, img_size=size, task=config.task
-        )
+        task = session.task if config.task == "auto" and config.data.path == "shapes" else config.task
+        dataset = open_data(config.data.path, config=config.data, seed=config.data.split_seed, img_size=size, task=task)
+        check_task(str(self.source), session.task, dataset.task, key="--data")
         _, source = choose_split(dataset, None, trained_here=self.data is None)
-        chosen = stratified_subset(source, self.count, seed=0)
+        chosen = source
+        if len(source) > self.count:
+            chosen = SubsetSource(source, work_of(dataset.task).some(source, self.count, seed=0))
         outputs = len(session.classes) if session.classes is not None else len(dataset.classes)
         columns, _ = match_classes(session.classes, dataset.classes, outputs, str(self.source))
+        view = stretch if session.task == "segmentation" else preprocess
         images, kept = [], []
         for index in range(len(chosen)):
             try:
-                images.append(preprocess(chosen.load(index), session.input))
+                images.append(view(chosen.load(index), session.input))
                 kept.append(index)
             except UnreadableImageError:
                 continue
         if not images:
             raise RequestError("None of the images to compare on can be read.", hint="Give other data with --data.")
-        targets = targets_of(chosen)[kept]
-        return images, targets if (targets >= 0).all() else None, list(columns) if columns is not None else None
-
-
-def _answers(session: Session, images: list[np.ndarray]) -> np.ndarray:
-    parts = [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
-    return np.concatenate([session.predict_logits(to_batch(part)) for part in parts])
-
-
-def _columns(logits: np.ndarray, columns: list[int] | None) -> np.ndarray:
-    return logits if columns is None else logits[:, columns]
+        targets = [chosen.target(index) for index in kept]
+        known = all(np.ndim(target) or target >= 0 for target in targets)
+        return images, truth_of(targets, columns=columns, num_classes=outputs) if known else None
 
 
 def _judge_layers(info: EngineInfo, listener: Listener) -> None:
@@ -273,7 +287,9 @@ def _result(path: Path, info: EngineInfo, compared: _Comparison) -> EngineResult
         int8_layers=info.layers.get("int8") if known else None,
         reformat_layers=info.layers.get("reformat") if known else None,
         max_abs_diff=compared.max_abs_diff,
-        top1_onnx=compared.top1_onnx,
-        top1_engine=compared.top1_engine,
+        top1_onnx=compared.accuracies.get("top1_onnx"),
+        top1_engine=compared.accuracies.get("top1_engine"),
         num_verify_images=compared.num_images,
+        miou_onnx=compared.accuracies.get("miou_onnx"),
+        miou_engine=compared.accuracies.get("miou_engine"),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from visionkd.config.int8 import Int8Config
 from visionkd.data.subset import stratified_subset
 from visionkd.errors import Problem, RequestError
 from visionkd.export import gate
+from visionkd.export.accuracy import Truth
 from visionkd.export.int8_graph import is_int8
 from visionkd.export.onnx import export_onnx, portable
 from visionkd.export.qdq import MIN_OPSET, Target, float_results, to_target
@@ -24,9 +26,8 @@ from visionkd.export.ranges import measure_ranges
 from visionkd.export.verify import Verification, rms_difference, verify_int8
 from visionkd.models.network import Network
 from visionkd.quantization.insert import float_layers, float_network
-from visionkd.runtime.metrics import top_k_accuracy
 from visionkd.types import Listener, Source
-from visionkd.workflows._export_onnx import record, verification_images
+from visionkd.workflows._export_onnx import accuracies, of_pixels, record, verification_images
 from visionkd.workflows._int8 import quantize_student
 from visionkd.workflows._networks import image_batches
 from visionkd.workflows.results import ExportResult
@@ -67,7 +68,7 @@ def export_int8(
         verify_images: Images of ``source`` to use.
         columns: Output of each class of ``source``; None where they are the same.
         opset: ONNX operator set.
-        max_drop: Largest loss of top-1 against the float twin, in points.
+        max_drop: Largest loss of accuracy (top-1 or mIoU) against the float twin, in points.
         min_speedup: Least speed-up against the float twin; ``cpu`` alone is timed.
         int8: Settings of the quantisation.
         reference: Float network that the loss of accuracy is against; None takes ``network`` without its quantisers.
@@ -87,17 +88,15 @@ def export_int8(
             portable(network), calibration, int8 or Int8Config(), device=torch.device("cpu"), listener=listener
         )  # fmt: skip
     quantized = portable(quantized)
-    images, targets = verification_images(quantized, source, verify_images, listener)
-    if targets is not None and columns is not None:
-        targets = torch.as_tensor(columns)[targets]
-    expected, labels = gate.logits_of(plain, images), None if targets is None else targets.numpy()
-    top1_float = None
-    if labels is not None:
+    images, truth = verification_images(quantized, source, verify_images, listener, columns=columns)
+    expected = gate.logits_of(plain, images)
+    accuracy = None
+    if truth is not None:
         against = expected if reference is None else gate.logits_of(portable(reference), images)
-        top1_float = top_k_accuracy(against.numpy(), labels, 1)
+        accuracy = gate.accuracy(plain, against, truth)
     else:
         listener.message("Without labels the loss of accuracy is not known, and --max-drop not looked at", "warning")
-    quantized, left_float, ranked = _accurate(quantized, images, expected, labels, top1_float, max_drop, listener)
+    quantized, left_float, ranked = _accurate(quantized, images, expected, truth, accuracy, max_drop, listener)
     own_error = rms_difference(gate.logits_of(quantized, images).numpy(), expected.numpy())
     found: list[Verification] = []
     times: list[tuple[float, float]] = []
@@ -109,44 +108,47 @@ def export_int8(
             if target == "cpu":
                 signed = Path(folder) / "signed.onnx"
                 ir.save(model, signed)
-                verify_int8(quantized, signed, images, targets, own_error=own_error, rounds_results=False)
+                verify_int8(quantized, signed, images, truth, own_error=own_error, rounds_results=False)
                 batches = _batches(calibration, quantized, images)
                 to_target(model, "cpu", measure_ranges(model, float_results(model), batches))
 
         def check(file: Path) -> None:
             found.append(
-                verify_int8(quantized, file, images, targets, own_error=own_error, rounds_results=target == "cpu")
+                verify_int8(quantized, file, images, truth, own_error=own_error, rounds_results=target == "cpu")
             )
-            exported = found[0].top1_exported
-            if top1_float is not None and exported is not None and top1_float - exported > max_drop:
+            exported = found[0].exported
+            if truth is not None and accuracy - exported > max_drop:
                 raise gate.Refused(
-                    f"the INT8 file loses {top1_float - exported:.2f} points of top-1 against the float network"
+                    f"the INT8 file loses {accuracy - exported:.2f} points of {truth.title} against the float network"
                     f" ({max_drop:g} are allowed by --max-drop), and PyTorch"
-                    f" {top1_float - (found[0].top1_torch or 0.0):.2f}; no file was left",
+                    f" {accuracy - found[0].torch:.2f}; no file was left",
                     hint="Train with the quantisers on: visionkd quantize MODEL --data DATA --epochs 5",
                 )
             if target == "cpu":
                 twin = Path(folder) / "float.onnx"
-                export_onnx(plain, twin, task="classification", classes=plain.classes, metrics={}, opset=opset)
+                export_onnx(plain, twin, task=plain.task, classes=plain.classes, metrics={}, opset=opset)
                 rows = measure([ort_runner(twin, name="float"), ort_runner(file, name="int8")], rounds=_ROUNDS)
                 times.append((rows[0].latency_ms, rows[1].latency_ms))
                 gate.check_speed(*times[0], min_speedup=min_speedup)
 
         rest = float_layers(quantized)
         written = export_onnx(
-            quantized, path, task="classification", classes=quantized.classes, metrics=metrics or {}, opset=opset,
+            quantized, path, task=quantized.task, classes=quantized.classes, metrics=metrics or {}, opset=opset,
             check=check, rewrite=rewrite,
             extra_metadata={"precision": "int8", "target": target, "float_layers": json.dumps(sorted(rest))},
         )  # fmt: skip
     result = ExportResult(
-        path, written.size_mb, found[0].max_abs_diff, found[0].top1_torch, found[0].top1_exported, len(images),
-        top1_float=top1_float, speedup=times[0][0] / times[0][1] if times else None, left_float=left_float or None,
+        path, written.size_mb, found[0].max_abs_diff, None, None, len(images),
+        speedup=times[0][0] / times[0][1] if times else None, left_float=left_float or None,
     )  # fmt: skip
-    for text in _said(result, found[0], target):
+    named = accuracies(truth, torch=found[0].torch, exported=found[0].exported, float=accuracy)
+    result = replace(result, **named)
+    for text in _said(result, found[0], truth, accuracy, target, of_pixels(quantized)):
         listener.message(text)
     details = {
         "target": target,
-        "top1_float": top1_float,
+        "top1_float": None,
+        **named,
         "agreement": found[0].agreement,
         "rms_diff": found[0].rms_diff,
         "float_latency_ms": times[0][0] if times else None,
@@ -180,28 +182,29 @@ def _accurate(
     quantized: Network,
     images: torch.Tensor,
     expected: torch.Tensor,
-    labels: np.ndarray | None,
-    top1: float | None,
+    truth: Truth | None,
+    accuracy: float | None,
     max_drop: float,
     listener: Listener,
 ) -> tuple[Network, tuple[str, ...], tuple[gate.LayerSensitivity, ...]]:
     """Return the network, repaired if it loses too much; the layers left in float for that; and what was measured."""
-    if labels is None or top1 is None:
+    if truth is None or accuracy is None:
         return quantized, (), ()
 
     def drop_of(candidate: Network) -> float:
-        return top1 - top_k_accuracy(gate.logits_of(candidate, images).numpy(), labels, 1)
+        return accuracy - gate.accuracy(candidate, gate.logits_of(candidate, images), truth)
 
     drop = drop_of(quantized)
     if drop <= max_drop:
         return quantized, (), ()
     listener.message(
-        f"INT8 loses {drop:.2f} points of top-1, and {max_drop:g} are allowed: looking for the layers that cost it",
+        f"INT8 loses {drop:.2f} points of {truth.title}, and {max_drop:g} are allowed: looking for the layers that cost"
+        " it",
         level="warning",
     )
     some = slice(None, _SENSITIVITY_IMAGES)
     ranked = gate.sensitivity(quantized, images[some], reference=expected[some])
-    repaired, names = gate.repair(quantized, ranked, drop_of, max_drop=max_drop)
+    repaired, names = gate.repair(quantized, ranked, drop_of, max_drop=max_drop, title=truth.title)
     listener.message(f"Left in float: {', '.join(names)}", level="warning")
     return portable(repaired), names, ranked
 
@@ -216,11 +219,13 @@ def _batches(calibration: Source | None, network: Network, images: torch.Tensor)
         yield batch.numpy()
 
 
-def _said(result: ExportResult, check: Verification, target: Target) -> Iterator[str]:
-    text = f"{result.file} has the class of PyTorch's INT8 network on {check.agreement:.1f} % of"
+def _said(
+    result: ExportResult, check: Verification, truth: Truth | None, accuracy: float | None, target: Target, pixels: str
+) -> Iterator[str]:
+    text = f"{result.file} has the class of PyTorch's INT8 network on {check.agreement:.1f} %{pixels} of"
     yield f"{text} {check.num_images} images"
-    if result.top1_float is not None:
-        yield f"Top-1: {result.top1_float:.2f} % in float, {result.top1_exported:.2f} % in INT8"
+    if truth is not None:
+        yield f"{accuracy:.2f} % {truth.title} in float, {check.exported:.2f} % in INT8"
     if result.speedup is not None:
         yield f"{result.speedup:.2f} times as fast as the float network in ONNX Runtime on one thread of this machine"
     elif target == "tensorrt":

@@ -6,18 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
-from visionkd.data.open import open_data
 from visionkd.data.subset import SubsetSource
 from visionkd.errors import Problem, RequestError
 from visionkd.export import gate
 from visionkd.export.int8_graph import is_int8
 from visionkd.export.qdq import TARGETS
 from visionkd.files import check_writable
-from visionkd.models.classes import names_or_numbers
 from visionkd.models.network import Network
 from visionkd.types import DataSet, Listener, Source
 from visionkd.workflows._export_int8 import INT8_FILES, export_int8
-from visionkd.workflows._export_onnx import export_network
+from visionkd.workflows._export_onnx import default_images, export_network
+from visionkd.workflows._int8 import images_for
 from visionkd.workflows._networks import load_network
 from visionkd.workflows.evaluate import choose_split, data_config, match_classes, run_of
 from visionkd.workflows.results import ExportResult
@@ -63,23 +62,20 @@ def export_model(
     dataset, columns = None, None
     if data is not None or run is not None:
         config = data_config(data, run=run)
-        dataset = open_data(
-            config.data.path, config=config.data, seed=config.data.split_seed, img_size=max(network.input.img_size),
-            classes=lambda: names_or_numbers(network.classes, network.num_classes),
-        )  # fmt: skip
+        dataset = images_for(network, config, model=model, listener=listener)
         columns, _ = match_classes(network.classes, dataset.classes, network.num_classes, model)
     if int8:
         calibration, source = _parts(dataset, network, listener)
         return export_int8(
             network, path, target=chosen, source=source, calibration=calibration, columns=columns,  # type: ignore[arg-type]
-            verify_images=verify_images or 256, opset=opset, listener=listener,
+            verify_images=verify_images or default_images(network), opset=opset, listener=listener,
             max_drop=gate.MAX_DROP if max_drop is None else max_drop,
             min_speedup=gate.MIN_SPEEDUP if min_speedup is None else min_speedup,
         )  # fmt: skip
     source = None if dataset is None else choose_split(dataset, None, trained_here=data is None)[1]
     return export_network(
-        network, path, source=source, columns=columns, verify_images=verify_images or 256, opset=opset,
-        listener=listener,
+        network, path, source=source, columns=columns, verify_images=verify_images or default_images(network),
+        opset=opset, listener=listener,
     )  # fmt: skip
 
 

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from visionkd.benchmark.latency import measure, ort_runner
 from visionkd.data.loader import eval_loader
-from visionkd.data.subset import stratified_subset
-from visionkd.data.transforms import EvalTransform
+from visionkd.data.subset import SubsetSource
+from visionkd.data.views import eval_view
 from visionkd.errors import RequestError
+from visionkd.export.accuracy import Truth, truth_of
 from visionkd.export.onnx import export_onnx
 from visionkd.export.verify import Verification, verify_onnx
 from visionkd.files import write_text
 from visionkd.models.network import Network
 from visionkd.models.package_file import read_card
-from visionkd.types import Listener, Source
+from visionkd.types import IGNORE, Listener, Source
+from visionkd.workflows._tasks import work_of
 from visionkd.workflows.results import ExportResult
 
 _RANDOM_IMAGES = 8
 _LATENCY_ROUNDS = 5
+_IMAGES, _LEAST_IMAGES, _PIXELS = 256, 16, 2**24
 
 
 def export_network(
@@ -38,51 +44,86 @@ def export_network(
     listener: Listener,
 ) -> ExportResult:
     """Export to ONNX, compare on images of ``source`` (or random ones), and record the comparison beside the file."""
-    images, targets = verification_images(network, source, verify_images, listener)
-    if targets is not None and columns is not None:
-        targets = torch.as_tensor(columns)[targets]
+    images, truth = verification_images(network, source, verify_images, listener, columns=columns)
     found: list[Verification] = []
     written = export_onnx(
         network,
         path,
-        task="classification",
+        task=network.task,
         classes=network.classes,
         metrics=metrics or {},
         opset=opset,
-        check=lambda file: found.append(verify_onnx(network, file, images, targets)),
+        check=lambda file: found.append(verify_onnx(network, file, images, truth)),
     )
     check = found[0]
     listener.message(
         f"{path} agrees with PyTorch on {check.num_images} images: largest difference of a logit"
         f" {check.max_abs_diff:.2g},"
-        f" same class for {check.agreement:.1f} %"
+        f" same class for {check.agreement:.1f} %{of_pixels(network)}"
     )
-    result = ExportResult(
-        path, written.size_mb, check.max_abs_diff, check.top1_torch, check.top1_exported, check.num_images
+    result = replace(
+        ExportResult(path, written.size_mb, check.max_abs_diff, None, None, check.num_images),
+        **accuracies(truth, torch=check.torch, exported=check.exported),
     )
     record(path, result)
     return result
 
 
+def of_pixels(network: Network) -> str:
+    """Say what the share of equal answers is of, where it is not of the images."""
+    return " of the pixels" if network.task == "segmentation" else ""
+
+
+def accuracies(truth: Truth | None, **values: float | None) -> dict[str, float | None]:
+    """Name accuracies by their measure, such as ``top1_torch``; nothing without right answers."""
+    return {} if truth is None else {f"{truth.metric}_{name}": value for name, value in values.items()}
+
+
+def default_images(network: Network) -> int:
+    """Return how many images a file is compared on where nothing is said: fewer of them where each is a large map."""
+    if network.task == "classification":
+        return _IMAGES
+    return min(_IMAGES, max(_LEAST_IMAGES, _PIXELS // math.prod(network.input.img_size)))
+
+
 def verification_images(
-    network: Network, source: Source | None, count: int, listener: Listener
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    network: Network, source: Source | None, count: int, listener: Listener, *, columns: Sequence[int] | None = None
+) -> tuple[torch.Tensor, Truth | None]:
+    """Return images, N x 3 x H x W, at the network's size, and the right answers about them if there are any.
+
+    Args:
+        network: Whose input they are for.
+        source: Images; None makes random ones.
+        count: Most images.
+        listener: Is told what happens.
+        columns: Output of the network for each class of ``source``; None where they are the same.
+
+    Raises:
+        RequestError: If no image can be read.
+    """
     if source is None:
         listener.message(
             "Without --data the file is compared on random images, and no accuracy is measured", level="warning"
         )
         generator = torch.Generator().manual_seed(0)
         return torch.rand(_RANDOM_IMAGES, 3, *network.input.img_size, generator=generator), None
-    chosen = stratified_subset(source, count, seed=0)
+    chosen = source
+    if len(source) > count:
+        chosen = SubsetSource(source, work_of(network.task).some(source, count, seed=0))
     batches = [
         batch
-        for batch in eval_loader(chosen, EvalTransform(network.input), batch_size=64, workers=0)
+        for batch in eval_loader(chosen, eval_view(network.task, network.input), batch_size=64, workers=0)
         if len(batch["target"])
     ]
     if not batches:
         raise RequestError("None of the images to compare on can be read.", hint="Give other data with --data.")
-    targets = torch.cat([batch["target"] for batch in batches])
-    return torch.cat([batch["image"] for batch in batches]), targets if (targets >= 0).all() else None
+    images = torch.cat([batch["image"] for batch in batches])
+    targets = [np.asarray(target) for batch in batches for target in batch["target"]]
+    if network.task == "segmentation":
+        known = targets[0].ndim == 2 and any((target != IGNORE).any() for target in targets)
+    else:
+        known = all(target >= 0 for target in targets)
+    return images, truth_of(targets, columns=columns, num_classes=network.num_classes) if known else None
 
 
 def record(path: Path, result: ExportResult, details: Mapping[str, Any] | None = None) -> None:
@@ -104,6 +145,8 @@ def record(path: Path, result: ExportResult, details: Mapping[str, Any] | None =
         "max_abs_diff": result.max_abs_diff,
         "top1_torch": result.top1_torch,
         "top1_exported": result.top1_exported,
+        **({} if result.miou_torch is None else {"miou_torch": result.miou_torch}),
+        **({} if result.miou_exported is None else {"miou_exported": result.miou_exported}),
         "num_verify_images": result.num_verify_images,
         **(details or {}),
     }

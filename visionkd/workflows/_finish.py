@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,15 @@ from visionkd.benchmark.complexity import measure_complexity
 from visionkd.benchmark.latency import measure
 from visionkd.benchmark.torch_runner import torch_runner
 from visionkd.config.schema import RunConfig
-from visionkd.data.subset import SubsetSource, stratified_limit, targets_of
+from visionkd.data.subset import SubsetSource
 from visionkd.errors import WorkError
 from visionkd.files import write_text
 from visionkd.hub.package import save_package
 from visionkd.models.network import Network
-from visionkd.runtime.metrics import classification_metrics
 from visionkd.types import DataSet, Listener, MetricRow
-from visionkd.workflows._evaluation import Answers, answer, evaluate_together
 from visionkd.workflows._networks import load_network
 from visionkd.workflows._rundir import RunDirectory
+from visionkd.workflows._tasks import Answers, work_of
 from visionkd.workflows._training import torch_device
 
 _LATENCY_ROUNDS = 5
@@ -41,10 +39,10 @@ def package(
 ) -> Answers:
     """Measure the student on the whole validation split and write ``model/``."""
     answers = _answer(student, data, config, listener)
-    if not len(answers.targets):
+    if not len(answers.indices):
         raise WorkError("No validation image could be read.", hint="List them with 'visionkd data check DATA'.")
-    metrics = classification_metrics(answers.probs, answers.targets)
-    scalars = {name: float(metrics[name]) for name in ("top1", "top5", "ece", "nll") if name in metrics}
+    metrics = answers.metrics()
+    scalars = {name: metrics[name] for name in work_of(data.task).PACKAGED if name in metrics}
     if student.packed is not None:  # as the paper counts, beside what the file takes
         huffman = student.quantization["huffman"]
         scalars |= {"huffman_bits": huffman["mean_bits"], "huffman_mb": huffman["size_mb"]}
@@ -66,10 +64,11 @@ def package_encoder(
     run.update(metrics={f"val/{name}": value for name, value in losses.items()})
 
 
-def validation_loss(run: RunDirectory) -> dict[str, float]:
-    """Return the last validation loss of a run, where it has one."""
-    loss = run.status.get("metrics", {}).get("val/loss")
-    return {} if loss is None else {"loss": float(loss)}
+def validation_figures(run: RunDirectory) -> dict[str, float]:
+    """Return the last figures that the training found on the validation split: the loss, and what else there is."""
+    found = run.status.get("metrics", {})
+    names = ("loss", "zero_shot_top1")
+    return {name: float(found[f"val/{name}"]) for name in names if found.get(f"val/{name}") is not None}
 
 
 def measure_encoder(network: Network, run: RunDirectory) -> None:
@@ -101,13 +100,15 @@ def compare(
     """Put student, teachers and baseline side by side, and write ``evaluation.npz`` and ``comparison.json``."""
     if data.note:
         listener.message(data.note, level="warning")  # once more, beside the figures
+    work, device = work_of(data.task), torch_device(config.compute)
     source = val = data.splits["val"]
-    gpu = torch_device(config.compute).type != "cpu"
+    positions = None
+    gpu = device.type != "cpu"
     heavy = sum(measure_complexity(teacher).macs_g for _, teacher in teachers) * len(source)
     if not gpu and heavy > _CPU_TEACHER_GMACS:
         count = max(10 * len(data.classes), int(len(source) * _CPU_TEACHER_GMACS / heavy))
-        positions = stratified_limit(targets_of(val), count, config.data.split_seed)
-        if len(positions) < len(val):
+        if count < len(val):
+            positions = work.some(val, count, seed=config.data.split_seed)
             source = SubsetSource(val, positions)
             listener.message(f"The comparison with the teacher is on {len(source)} of {len(val)} validation images")
     networks: list[tuple[str, Network]] = [
@@ -125,7 +126,7 @@ def compare(
             return student_answers
         return _answer(network, data, config, listener, source=source)
 
-    evaluations = evaluate_together(networks, source, run_one=run_one)
+    evaluations = work.together(networks, source, run_one=run_one, config=config, device=device)
     rows = []
     latencies = measure([torch_runner(network, name=role) for role, network in networks], rounds=_LATENCY_ROUNDS)
     int8 = student.quantization is not None and student.quantization.get("kind") == "int8"
@@ -133,25 +134,18 @@ def compare(
     names |= {"baseline": baseline[0]} if baseline is not None else {}
     names |= {f"teacher{number}": name for number, (name, _) in enumerate(teachers)}
     for role, network in networks:
-        found = classification_metrics(evaluations.probs[role], evaluations.targets)
-        values: dict[str, Any] = {
-            "role": role.rstrip("0123456789") if len(networks) > 1 else "model",
-            "top1": float(found["top1"]),
-        }
-        if len(data.classes) > 5:
-            values["top5"] = float(found["top5"])
+        found = evaluations.metrics(role)
+        values: dict[str, Any] = {"role": role.rstrip("0123456789") if len(networks) > 1 else "model"}
+        values |= {name: found[name] for name in work.COMPARED if name in found}
         cost = measure_complexity(network)
         values |= {"params_m": cost.params_m, "macs_g": cost.macs_g, "size_mb": cost.size_mb}
         values["latency_ms"] = next(record.latency_ms for record in latencies if record.model == role)
         rows.append(MetricRow(names[role], values))
-    teacher_probs = [evaluations.probs.pop(role) for role, _ in networks if role.startswith("teacher")]
-    if teacher_probs:
-        evaluations.probs["teacher"] = sum(teacher_probs[1:], teacher_probs[0]) / len(teacher_probs)
-    if source is not val:
-        evaluations = replace(evaluations, indices=positions[evaluations.indices])
+    asked = [role for role, _ in networks if role.startswith("teacher")]
+    evaluations = evaluations.joined(asked, positions)
     evaluations.save(run.path / "evaluation.npz")
     content: dict[str, Any] = {"note": data.note} if data.note else {}
-    content |= {"num_images": len(evaluations.targets), "rows": [{"model": row.model, **row.values} for row in rows]}
+    content |= {"num_images": len(evaluations.indices), "rows": [{"model": row.model, **row.values} for row in rows]}
     write_text(run.path / "comparison.json", json.dumps(content, indent=2) + "\n")
     return tuple(rows)
 
@@ -160,9 +154,10 @@ def _answer(network: Network, data: DataSet, config: RunConfig, listener: Listen
     device = torch_device(config.compute)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return answer(
+    return work_of(data.task).answer(
         network,
         source if source is not None else data.splits["val"],
+        config=config,
         device=device,
         batch_size=min(256, max(16, config.training.batch_size)),
         workers=config.data.workers or 0,

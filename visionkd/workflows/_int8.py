@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 
 from visionkd.config.int8 import Int8Config
 from visionkd.config.schema import RunConfig
-from visionkd.data.subset import stratified_subset
+from visionkd.data.open import open_data
+from visionkd.data.subset import stratified_subset, targets_of
 from visionkd.hub.package import save_package
 from visionkd.methods._base import DistillationModule
 from visionkd.methods._optimizer import Budget
+from visionkd.models.classes import names_or_numbers
 from visionkd.models.network import Network
 from visionkd.quantization.bias_correction import correct_bias
 from visionkd.quantization.calibration import USUAL_IMAGES, calibrate
@@ -30,16 +33,51 @@ from visionkd.quantization.insert import (
     unfreeze,
 )
 from visionkd.types import DataSet, Listener, Progress, Source
+from visionkd.workflows._int8_maps import BlankMaps
 from visionkd.workflows._networks import image_batches, load_network
 from visionkd.workflows._rundir import RunDirectory
 from visionkd.workflows._stages import Stages
+from visionkd.workflows._tasks import check_task
 from visionkd.workflows._training import fit, torch_device
 
 #: Learning rate of a training with quantisers on, as a share of the one that the weights were trained with.
 LR_RATIO = 0.01
-_BATCH = 32
+_BATCH, _DENSE_BATCH = 32, 8
 _FEW_IMAGES = 128
 _SHOWN = 5
+
+
+def images_for(network: Network, config: RunConfig, *, model: str, listener: Listener) -> DataSet:
+    """Open data for a trained network whose ranges or accuracy are asked for: any images will do.
+
+    A network that names pixels takes images without maps too: their pixels have no labels then, and labels of whole
+    images, if any, are not looked at.
+
+    Args:
+        network: The network.
+        config: Settings, with the data.
+        model: What the user called the network.
+        listener: Is told what happens.
+
+    Raises:
+        RequestError: If the data has maps of classes and the network names whole images.
+    """
+
+    def names() -> tuple[str, ...]:
+        return names_or_numbers(network.classes, network.num_classes)
+
+    drawn = config.data.path == "shapes" and config.task == "auto"
+    data = open_data(
+        config.data.path, config=config.data, seed=config.data.split_seed, img_size=max(network.input.img_size),
+        task=network.task if drawn else config.task, classes=names,
+    )  # fmt: skip
+    if network.task == "segmentation" and data.task == "classification":
+        if any(bool((targets_of(source) >= 0).any()) for source in data.splits.values()):
+            listener.message("The labels are not looked at: they name whole images", level="warning")
+        blank = {name: BlankMaps(source) for name, source in data.splits.items()}
+        return replace(data, task=network.task, classes=names(), splits=blank)
+    check_task(model, network.task, data.task, key="--data")
+    return data
 
 
 def scheme_of(config: Int8Config) -> Int8Scheme:
@@ -86,7 +124,8 @@ def quantize_student(
 
     def batches() -> Iterator[Tensor]:
         done = 0
-        for image, _ in image_batches(chosen, network, batch_size=_BATCH, workers=workers):
+        size = _BATCH if network.task == "classification" else _DENSE_BATCH
+        for image, _ in image_batches(chosen, network, batch_size=size, workers=workers):
             yield image
             done += len(image)
             listener.progress(Progress("calibrate", done, len(chosen)))

@@ -31,12 +31,15 @@ _MOST_OF_FREE_DISK = 0.25
 _LIBRARIES = ("torch", "torchvision", "timm", "pillow", "numpy")
 _BLOCK = 4096
 _FEW_BATCHES = 8
+_VIEWS = {"crop_size", "scale", "evaluation"}
 
 
 def resolve_label_store(
     config: DistillConfig, method: type[DistillationModule], options: Any, data: DataSet
 ) -> list[str]:
     """Decide what was left to decide, so that a resumed run does the same; return what the user should hear.
+
+    A map takes thousands of times the room of a label, so it is kept only where that is asked for.
 
     Raises:
         RequestError: If a store is asked for and the method has no use for one.
@@ -55,6 +58,9 @@ def resolve_label_store(
         settings.mode = "off"
     if settings.mode == "auto" and (config.augment.mixup_alpha or config.augment.cutmix_alpha):
         settings.mode = "off"  # teachers that look at the mixed image say more than a mixture of what they said
+    maps = data.task == "segmentation"
+    if settings.mode == "auto" and maps:
+        settings.mode = "off"
     if settings.mode == "off":
         return []
     views = settings.views or max(_FEWEST_VIEWS, math.ceil(epochs / _EPOCHS_PER_VIEW), settings.views_per_image)
@@ -62,6 +68,11 @@ def resolve_label_store(
         settings.mode = "off"  # no view would come twice
         return []
     storage = settings.storage
+    if maps:
+        if storage == "top_k":
+            problem = Problem("label_store.storage", "top_k leaves out classes, and maps are kept whole", "Use full.")
+            raise RequestError(problem)
+        storage = "full"
     if storage == "auto":
         storage = "full" if len(data.classes) <= _FULL_UP_TO_CLASSES else "top_k"
     size = views * estimate_bytes(len(data.splits["train"]), len(data.classes), storage, settings.top_k)
@@ -74,6 +85,29 @@ def resolve_label_store(
         ]
     settings.mode, settings.views, settings.storage = "on", min(views, epochs), storage
     return []
+
+
+def _row(grid: tuple[int, int, int] | None, data: DataSet) -> int:
+    """Numbers in one label."""
+    return len(data.classes) if grid is None else math.prod(grid)
+
+
+@torch.no_grad()
+def label_grid(
+    config: DistillConfig, *, data: DataSet, student: Network, img_size: tuple[int, int]
+) -> tuple[int, int, int] | None:
+    """Return classes, height and width of the student's answer about a training view; None where it is no map.
+
+    Stored maps have this size, to which a method brings those of a teacher anyway.
+    """
+    if data.task != "segmentation":
+        return None
+    crop = config.segmentation.crop_size or img_size
+    height, width = (crop, crop) if isinstance(crop, int) else crop
+    was_training = student.training
+    logits = student.eval()(torch.zeros(1, 3, height, width)).logits
+    student.train(was_training)
+    return tuple(logits.shape[1:])  # type: ignore[return-value]
 
 
 def _free_bytes(path: str | None) -> int:
@@ -91,11 +125,13 @@ class Labels:
         store: The store.
         rest: What becomes of classes that are not stored.
         ahead: Whether all of them are to be there before the training begins.
+        grid: Classes, height and width of a label, where it is a map.
     """
 
     store: LabelStore
     rest: str
     ahead: bool
+    grid: tuple[int, int, int] | None = None
 
 
 def labels_for(
@@ -105,20 +141,28 @@ def labels_for(
     teachers: Sequence[Network],
     temperature: float,
     img_size: tuple[int, int],
-    interpolation: str,
+    student: Network,
     listener: Listener,
 ) -> Labels | None:
     """Open the store of a training by all that decides what it holds; None where the training takes no store."""
     if config.label_store.mode != "on":
         return None
+    grid, interpolation = label_grid(config, data=data, student=student, img_size=img_size), student.input.interpolation
     key = store_key(
-        config, data=data, teachers=teachers, temperature=temperature, img_size=img_size, interpolation=interpolation
-    )
-    return open_labels(config, key, data=data, teachers=teachers, listener=listener)
+        config, data=data, teachers=teachers, temperature=temperature, img_size=img_size, interpolation=interpolation,
+        grid=grid,
+    )  # fmt: skip
+    return open_labels(config, key, data=data, teachers=teachers, listener=listener, grid=grid)
 
 
 def open_labels(
-    config: DistillConfig, key: Mapping[str, Any], *, data: DataSet, teachers: Sequence[Network], listener: Listener
+    config: DistillConfig,
+    key: Mapping[str, Any],
+    *,
+    data: DataSet,
+    teachers: Sequence[Network],
+    listener: Listener,
+    grid: tuple[int, int, int] | None = None,
 ) -> Labels:
     """Open the store that belongs to a run which takes one, and say what it saves.
 
@@ -128,6 +172,7 @@ def open_labels(
         data: What is trained on.
         teachers: Whose labels they are.
         listener: Is told what is kept.
+        grid: Classes, height and width of a label, where it is a map.
 
     Raises:
         RequestError: If the directory that was named holds labels of another teacher, data set, view or library.
@@ -143,13 +188,13 @@ def open_labels(
         path,
         key,
         num_samples=len(data.splits["train"]),
-        num_classes=len(data.classes),
+        num_classes=_row(grid, data),
         about={"teachers": [teacher.architecture for teacher in teachers], "data": data.name},
         on_message=listener.message,
         **form,
     )
     listener.message(_what_it_saves(store, settings.views, config.training.epochs, ahead=settings.ahead))
-    return Labels(store, settings.rest, settings.ahead)
+    return Labels(store, settings.rest, settings.ahead, grid)
 
 
 def _other_teachers_or_data(name: str) -> bool:
@@ -189,11 +234,15 @@ def store_key(
     temperature: float,
     img_size: tuple[int, int],
     interpolation: str,
+    grid: tuple[int, int, int] | None = None,
 ) -> dict[str, Any]:
     """Return all that decides what the teachers say of a view."""
     augment = config.augment.model_dump(
         mode="json", exclude={"mixup_alpha", "cutmix_alpha", "learned", "hard"}
     )  # what is done to a batch comes after the labels
+    views = {}
+    if grid is not None:  # what else decides how a picture is shown with its map
+        views = {"grid": list(grid), **config.segmentation.model_dump(mode="json", include=_VIEWS)}
     precisions = [spec.precision or config.training.precision for spec in config.teachers]
     return {
         "teachers": [
@@ -213,6 +262,7 @@ def store_key(
             "img_size": list(img_size),
             "interpolation": interpolation,
             "view_seed": config.label_store.view_seed,
+            **views,
         },
         "versions": versions(_LIBRARIES),
     }
@@ -241,7 +291,7 @@ class FillLabels(Callback):
         self.labels, self.loader, self.listener = labels, loader, listener
 
     def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
-        pl_module.stored = StoredTeachers(self.labels.store, rest=self.labels.rest)
+        pl_module.stored = StoredTeachers(self.labels.store, rest=self.labels.rest, grid=self.labels.grid)
 
     def on_train_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         if self.labels.ahead:
@@ -269,8 +319,7 @@ class FillLabels(Callback):
         batches = _batches(absent, size, trainer.global_rank, trainer.world_size)
         for batch in self.loader.over(batches, few=total < _FEW_BATCHES * size):
             image = module.on_after_batch_transfer({"image": batch["image"].to(module.device)}, 0)["image"]
-            probs = module.soft_label(module.teacher_outputs(image))
-            store.write(batch["index"], batch["view"], probs)
+            module.stored.write(batch["index"], batch["view"], module.label_to_store(image))
             done += len(batch["index"]) * trainer.world_size
             if say:
                 self.listener.progress(Progress("labels", min(done, total), total))

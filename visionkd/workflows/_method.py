@@ -37,7 +37,7 @@ def choose_method(
         RequestError: If there is no such method, its options are wrong, or it does not suit the networks.
     """
     if config.losses:
-        method, options = _combination(config)
+        method, options = _combination(config, student)
     else:
         if config.method == "auto":
             config.method, why = suggested_method(student=student, teachers=teachers, unlabeled=unlabeled)
@@ -46,7 +46,8 @@ def choose_method(
         method = registry.load(METHODS, config.method, key="--method").METHOD
         if problems := options_problems(method.Options, config.options):
             raise RequestError(problems)
-        options = build_options(method.Options, config.options)
+        defaults = method.task_defaults.get(student.task, {})
+        options = build_options(method.Options, {**defaults, **config.options})
         config.options = asdict(options)
     if config.augment.learned is not None:
         from visionkd.methods._learned_augmentation import with_learned_augmentation
@@ -62,8 +63,19 @@ def choose_method(
     return method, options
 
 
+def trains_own_teacher(config: DistillConfig, student: Network) -> bool:
+    """Whether the method of a run trains its teacher itself; the teachers need not exist to answer that."""
+    name = config.method
+    if name == "auto" and not config.losses and student.task == "segmentation":
+        name = AUTO_METHODS["segmentation"]
+    known = name in registry.names(METHODS)
+    return known and registry.load(METHODS, name, key="--method").METHOD.trains_teacher
+
+
 def suggested_method(*, student: Network, teachers: Sequence[Network], unlabeled: bool = False) -> tuple[str, str]:
     """Return what ``--method auto`` takes, and why where it is not the usual one."""
+    if student.task == "segmentation":
+        return AUTO_METHODS["segmentation"], "The data's labels are maps, which a teacher can be shown"
     if len(teachers) > 1:
         return AUTO_METHODS["several teachers"], f"There are {len(teachers)} teachers"
     if unlabeled:
@@ -81,7 +93,7 @@ def suggested_method(*, student: Network, teachers: Sequence[Network], unlabeled
     return AUTO_METHODS["usual"], ""
 
 
-def _combination(config: DistillConfig) -> tuple[type[DistillationModule], Any]:
+def _combination(config: DistillConfig, student: Network) -> tuple[type[DistillationModule], Any]:
     from visionkd.methods._combined import Combined, CombinedOptions, Part
 
     parts, problems, losses = [], [], {}
@@ -99,7 +111,8 @@ def _combination(config: DistillConfig) -> tuple[type[DistillationModule], Any]:
         wrong = options_problems(method.Options, loss.options)
         problems += [Problem(f"losses.{name}.{each.key}", each.message, each.hint) for each in wrong]
         if not wrong:
-            parts.append(Part(name, method, build_options(method.Options, loss.options), loss.weight))
+            defaults = method.task_defaults.get(student.task, {})
+            parts.append(Part(name, method, build_options(method.Options, {**defaults, **loss.options}), loss.weight))
             losses[name] = loss.model_copy(update={"options": asdict(parts[-1].options)})
     if config.method != "auto":
         problems.append(Problem("method", f"'{config.method}' contradicts 'losses'", "Give one of the two."))

@@ -13,22 +13,25 @@ from torch import Tensor
 from visionkd.benchmark.complexity import measure_complexity
 from visionkd.config.schema import DistillConfig, NetworkConfig, TrainConfig
 from visionkd.data.loader import eval_loader
-from visionkd.data.subset import stratified_subset
-from visionkd.data.transforms import EvalTransform
+from visionkd.data.subset import SubsetSource, stratified_subset
+from visionkd.data.views import eval_view
 from visionkd.errors import Problem, RequestError, WorkError
 from visionkd.files import write_bytes
 from visionkd.models.classes import align_classes
 from visionkd.models.factory import create_network
 from visionkd.models.initial import network_from
+from visionkd.models.label_input import sees_labels
 from visionkd.models.network import Network
 from visionkd.teachers.fit import cache_features, fit_probe
 from visionkd.teachers.preflight import Preflight, preflight
 from visionkd.types import DataSet, Listener, Progress, Source
 from visionkd.workflows._rundir import RunDirectory
+from visionkd.workflows._tasks import work_of
 from visionkd.workflows._training import torch_device
 
 _CPU_PROBE_GMACS = 5_000.0  # what a probe may cost where there is no GPU: a few minutes on two cores
 _PREFLIGHT_IMAGES = 256
+_PREFLIGHT_MAPS = 32
 _PREFLIGHT_S = 10.0
 
 
@@ -56,15 +59,37 @@ def seeded_network(
         if data is None:
             return create_network(config, in_training=False)
         if init is not None:
-            return network_from(init, config, classes=data.classes if classifier else None)
+            return network_from(init, config, classes=data.classes if classifier else None, task=data.task)
         if not classifier:
             return create_network(config, num_classes=0, in_training=True)
-        return create_network(config, num_classes=len(data.classes), classes=data.classes, in_training=True)
+        return create_network(
+            config, num_classes=len(data.classes), classes=data.classes, in_training=True, task=data.task
+        )
 
 
-def load_network(model: str) -> Network:
-    """Load a trained MODEL as it is: a run directory, a packaged model, a published network or a weights file."""
-    return create_network(NetworkConfig(name=model), in_training=False)
+def load_network(model: str, *, with_labels: bool = False) -> Network:
+    """Load a trained MODEL as it is: a run directory, a packaged model, a published network or a weights file.
+
+    Raises:
+        RequestError: If it has to be shown labels, unless the caller does so (``with_labels``).
+    """
+    network = create_network(NetworkConfig(name=model), in_training=False)
+    if not with_labels:
+        refuse_privileged(network, model)
+    return network
+
+
+def refuse_privileged(network: Network, name: str) -> None:
+    """Refuse a network that a method trained with labels in its input: without them its answers mean nothing.
+
+    Raises:
+        RequestError: If it is one.
+    """
+    if sees_labels(network):
+        raise RequestError(
+            f"'{name}' is a teacher that must be shown the labels beside each image, so it is no model to use",
+            hint="Name the run itself for its student; another run of lad may take this teacher.",
+        )
 
 
 def load_classifier(model: str) -> Network:
@@ -95,8 +120,9 @@ def seed_of(seed: int, role: str) -> int:
 def image_batches(
     source: Source, network: Network, *, batch_size: int, workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield images in [0, 1], B x 3 x H x W, prepared as the network wants them, and their targets."""
-    for batch in eval_loader(source, EvalTransform(network.input), batch_size=batch_size, workers=workers):
+    """Yield images in [0, 1], B x 3 x H x W, prepared as the network wants them, and their targets; maps as a list."""
+    view = eval_view(network.task, network.input)
+    for batch in eval_loader(source, view, batch_size=batch_size, workers=workers):
         if len(batch["target"]):
             yield batch["image"].float().div_(255.0), batch["target"]
 
@@ -105,7 +131,10 @@ def look_at_teacher(
     teacher: Network, data: DataSet, config: DistillConfig, listener: Listener, *, name: str
 ) -> Preflight:
     """Run the pre-flight on validation images, for some seconds at most, and say what was found."""
-    source = stratified_subset(data.splits["val"], _PREFLIGHT_IMAGES, seed=config.data.split_seed)
+    source = data.splits["val"]
+    count = _PREFLIGHT_IMAGES if data.task == "classification" else _PREFLIGHT_MAPS
+    if count < len(source):
+        source = SubsetSource(source, work_of(data.task).some(source, count, seed=config.data.split_seed))
     start = time.perf_counter()
 
     def limited() -> Iterator[tuple[Tensor, Tensor]]:
@@ -130,19 +159,24 @@ def look_at_teacher(
 
 
 def check_fit(teacher: Network, data: DataSet, config: DistillConfig, *, name: str) -> None:
-    """Refuse a teacher whose classes are not the data's where ``--fit-teacher none`` forbids to fit it.
+    """Refuse a teacher whose classes are not the data's where nothing is to be done about it.
 
     Raises:
-        RequestError: If it would have to be fitted.
+        RequestError: If it would have to be fitted and ``--fit-teacher`` forbids that, or the task knows no probe.
     """
+    mode, dense = config.fit_teacher.mode, data.task != "classification"
+    if dense and mode == "probe":
+        problem = f"a linear probe answers for whole images, and the data's task is {data.task}"
+        raise RequestError(Problem("--fit-teacher", problem, "Use --fit-teacher finetune."))
     aligned = align_classes(teacher.classes, data.classes, teacher.num_classes)
-    if aligned.columns is None and config.fit_teacher.mode == "none":
+    if aligned.columns is None and (mode == "none" or (dense and mode == "auto")):
+        way = "--fit-teacher finetune" if dense else "--fit-teacher probe or finetune"
         raise RequestError(
             Problem(
                 "--teacher",
                 f"the {teacher.num_classes} classes of {name} are not the {len(data.classes)} of the data"
                 f" ({', '.join(data.classes[:5])}{', ...' if len(data.classes) > 5 else ''})",
-                "Use --fit-teacher probe or finetune, or a teacher that was trained on these classes.",
+                f"Use {way}, or a teacher that was trained on these classes.",
             )
         )
 

@@ -11,7 +11,6 @@ import yaml
 
 from visionkd.config.quantize import QuantizeConfig
 from visionkd.config.schema import DistillConfig, RunConfig
-from visionkd.data.open import open_data
 from visionkd.data.subset import targets_of
 from visionkd.data.unlabeled import RelabeledSource
 from visionkd.errors import DataError, Problem, RequestError
@@ -22,8 +21,9 @@ from visionkd.models.factory import create_network
 from visionkd.models.network import Network
 from visionkd.tasks.make import task_of
 from visionkd.types import DataSet, Listener, Source
-from visionkd.workflows._evaluation import answer
-from visionkd.workflows._int8 import LR_RATIO, calibrate_once, fit_int8
+from visionkd.workflows._classification import answer
+from visionkd.workflows._int8 import LR_RATIO, calibrate_once, fit_int8, images_for
+from visionkd.workflows._int8_maps import BlankMaps, RenamedMaps, answered_maps
 from visionkd.workflows._labels import labels_for, resolve_label_store
 from visionkd.workflows._method import choose_method
 from visionkd.workflows._networks import check_fit, load_network, needs_fit, probe_teacher, seeded_network
@@ -87,9 +87,7 @@ class Quantization:
         names = names_or_numbers(network.classes, network.num_classes)
         if config.data.path == "shapes" and config.data.shapes.size is None:
             config.data.shapes.size = min(640, max(32, *network.input.img_size))
-        data = open_data(
-            config.data.path, config=config.data, seed=config.data.split_seed, task=config.task, classes=lambda: names
-        )
+        data = images_for(network, config, model=config.model.name, listener=self.listener)
         if not len(data.splits.get("val", ())):
             raise DataError(
                 f"{data.name} has no images to measure on.", hint=f"Try 'visionkd data check {config.data.path}'."
@@ -99,6 +97,8 @@ class Quantization:
                 raise RequestError(Problem("--data", f"{data.name} has no training images"))
             self.listener.message("There are no training images: ranges come from validation images", level="warning")
             data = replace(data, splits={**data.splits, "train": data.splits["val"]})
+        if network.task == "segmentation":
+            return self._open_maps(data, names)
         has_labels = bool((targets_of(data.splits["val"]) >= 0).any())
         aligned = align_classes(network.classes, data.classes, network.num_classes)
         if not has_labels or aligned.columns is None:
@@ -113,6 +113,20 @@ class Quantization:
         }
         self.listener.message(f"{len(data.classes)} of the network's {network.num_classes} classes are in the data")
         return replace(data, classes=names, splits=splits), True
+
+    def _open_maps(self, data: DataSet, names: tuple[str, ...]) -> tuple[DataSet, bool]:
+        """Return data for a network that names pixels, with maps of its own classes if there are any."""
+        if isinstance(data.splits["val"], BlankMaps):
+            return replace(data, note=_NO_LABELS), False
+        aligned = align_classes(self.network.classes, data.classes, self.network.num_classes)
+        if aligned.identity:
+            return data, True
+        if aligned.columns is not None:
+            splits = {name: RenamedMaps(source, aligned.columns) for name, source in data.splits.items()}
+            return replace(data, classes=names, splits=splits), True
+        self.listener.message(f"The maps are not looked at: {aligned.note}", level="warning")
+        blank = {name: BlankMaps(source) for name, source in data.splits.items()}
+        return replace(data, classes=names, splits=blank, note=_NO_LABELS), False
 
     def _distillation(self) -> DistillConfig:
         """Return the settings as those of a distillation, whose sections are the same objects."""
@@ -191,6 +205,9 @@ class Quantization:
     def _labeled_by_float(self, listener: Listener) -> DataSet:
         """Put the float model's answers in the place of labels on the validation images."""
         source = self.data.splits["val"]
+        if self.network.task == "segmentation":
+            answered = answered_maps(self.network, source, config=self.config, listener=listener)
+            return replace(self.data, splits={**self.data.splits, "val": answered})
         found = answer(
             self.network, source, device=torch_device(self.config.compute), batch_size=64,
             workers=self.config.data.workers or 0, listener=listener,
@@ -228,7 +245,7 @@ class Quantization:
                 labels = labels_for(
                     settings, data=data, teachers=self.teachers,
                     temperature=self.method.label_temperature(self.options), img_size=self.img_size,
-                    interpolation=network.input.interpolation, listener=listener,
+                    student=network, listener=listener,
                 )  # fmt: skip
             return fit_int8(
                 lambda budget: build(budget=budget), student=network, int8=config.int8, data=data, config=config,

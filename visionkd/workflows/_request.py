@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shlex
 import sys
@@ -9,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from visionkd import registry
 from visionkd.config.load import load_config
@@ -21,7 +24,13 @@ from visionkd.workflows.configs import show_config
 C = TypeVar("C", bound=RunConfig)
 METHODS = "visionkd.methods"
 #: What ``--method auto`` takes, by the reason for it.
-AUTO_METHODS = {"usual": "kd", "several teachers": "meal_v2", "unlabeled images": "ssld", "other family": "ofa_kd"}
+AUTO_METHODS = {
+    "usual": "kd",
+    "several teachers": "meal_v2",
+    "unlabeled images": "ssld",
+    "other family": "ofa_kd",
+    "segmentation": "lad",
+}
 #: The command line's option behind each key of the configuration that has one.
 _OPTIONS = {
     "teachers": "--teacher",
@@ -92,7 +101,19 @@ def build_config(
         spelled={**_OPTIONS, **(spelled or {})},
         again=again,
         check=_wrong_names,
+        complete=_add_teacher,
     )
+
+
+def _add_teacher(values: dict[str, Any]) -> None:
+    """Give a method that trains its own teacher one of the student's architecture, where none is named."""
+    method, student = values.get("method", "auto"), values.get("student")
+    if method == "auto" and values.get("task") == "segmentation":
+        method = AUTO_METHODS["segmentation"]
+    if values.get("teachers") or not isinstance(method, str) or not isinstance(student, dict):
+        return
+    if method in registry.names(METHODS) and registry.load(METHODS, method, key="--method").METHOD.trains_teacher:
+        values["teachers"] = [copy.deepcopy(student)]
 
 
 def _check_places(*, config: str | None, out: str | None, resume: bool) -> None:
@@ -154,12 +175,20 @@ def _wrong_args(values: Mapping[str, Any], key: str, name: str) -> Iterator[Prob
     """Find out whether the network behind a name's key takes the arguments beside it."""
     section, number = key.removesuffix(".name"), key.split(".")[1]
     network = values[section.split(".")[0]]
-    args = network[int(number)].get("args") if isinstance(network, list) else network.get("args")
-    if not key.endswith(".name") or not isinstance(args, dict) or not args:
+    network = network[int(number)] if isinstance(network, list) else network
+    kinds = {"args": dict, "backbone": str, "img_size": (list, tuple)}
+    given = {each: network.get(each) for each, kind in kinds.items() if isinstance(network.get(each), kind)}
+    given = {each: value for each, value in given.items() if value}
+    if not given:
         return
     from visionkd.models.factory import args_problems  # needs torch
 
-    for problem in args_problems(NetworkConfig(name=name, args=args)):
+    task = "segmentation" if values.get("task") == "segmentation" else None
+    try:
+        config = NetworkConfig(name=name, **given)
+    except ValidationError:  # reported with all other values of the wrong type
+        return
+    for problem in args_problems(config, task=task):
         yield replace(problem, key=f"{section}.{problem.key}")
 
 
@@ -177,7 +206,10 @@ def _names(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     teachers = values.get("teachers")
     found = {f"{role}.name": _part(values, role, "name") for role in ("student", "model")}
     for number, teacher in enumerate(teachers if isinstance(teachers, list) else ()):
-        found[f"teachers.{number}.name"] = _part({"teacher": teacher}, "teacher", "name")
+        for key in ("name", "backbone"):
+            found[f"teachers.{number}.{key}"] = _part({"teacher": teacher}, "teacher", key)
+    for role in ("student", "model"):
+        found[f"{role}.backbone"] = _part(values, role, "backbone")
     found["report.baseline"] = _part(values, "report", "baseline")
     found["init"] = values.get("init")
     for key, name in found.items():

@@ -66,6 +66,10 @@ class RunDirectory:
         if self.writes:
             write_text(self.path / "status.json", json.dumps(self._status, indent=2) + "\n")
 
+    def take_metrics(self) -> dict[str, Any]:
+        """Return the metrics so far and begin anew; :meth:`update` writes what is left."""
+        return self._status.pop("metrics", {})
+
     def log(self, text: str) -> None:
         """Append a line to ``log.txt``."""
         if self.writes:

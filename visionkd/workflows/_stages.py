@@ -24,8 +24,10 @@ from visionkd.files import write_text
 from visionkd.models.network import Network
 from visionkd.types import DataSet, Listener
 from visionkd.workflows import _finish
-from visionkd.workflows._networks import load_network, seeded_network
+from visionkd.workflows._networks import load_network, refuse_privileged, seeded_network
 from visionkd.workflows._rundir import RunDirectory
+from visionkd.workflows._tasks import check_task, work_of
+from visionkd.workflows._training import world_size
 from visionkd.workflows.results import RunResult
 
 _LIBRARIES = ("torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "pillow", "onnx", "onnxruntime")
@@ -54,9 +56,13 @@ def open_for_training(
     data = open_data(
         config.data.path, config=config.data, seed=config.data.split_seed, task=config.task, classes=classes
     )
+    _settle_batch_size(config, data)
     created = seeded_network(
         network, data=data, seed=config.training.seed, role="student", init=init, classifier=classifier
     )
+    refuse_privileged(created, network.name)
+    key = "--student" if hasattr(config, "student") else "--model"
+    check_task(network.name, created.task, data.task, key=key)
     if config.data.path == "shapes" and config.data.shapes.size is None:
         # scenes are drawn at the size that is looked at
         config.data.shapes.size = min(640, max(32, *created.input.img_size))
@@ -68,6 +74,15 @@ def open_for_training(
                 hint=f"Look at it with 'visionkd data check {config.data.path}'.",
             )
     return data, created
+
+
+def _settle_batch_size(config: RunConfig, data: DataSet) -> None:
+    """Take a smaller batch for maps than for labels, unless one was given: each image takes far more memory."""
+    training = config.training
+    usual = work_of(data.task).BATCH_SIZE
+    if usual is not None and "batch_size" not in training.model_fields_set:
+        parts = world_size(config.compute) * training.accumulate
+        training.batch_size = parts * max(1, usual // parts)
 
 
 def data_text(config: RunConfig, data: DataSet) -> str:

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from visionkd.config.schema import ComputeConfig, LabelStoreConfig, RunConfig
 from visionkd.data.loader import default_workers, eval_loader, train_loader
-from visionkd.data.transforms import EvalTransform, TrainTransform
+from visionkd.data.views import eval_view, train_view
 from visionkd.errors import InterruptedRunError, Problem, WorkError
 from visionkd.methods._base import DistillationModule
 from visionkd.methods._optimizer import Budget
@@ -233,7 +233,7 @@ def _loaders(
     batch = config.training.batch_size // (trainer.world_size * config.training.accumulate)
     train = train_loader(
         data.splits["train"],
-        TrainTransform(config.augment, img_size=img_size, interpolation=student.input.interpolation),
+        train_view(data.task, config, img_size=img_size, interpolation=student.input.interpolation),
         batch_size=batch,
         seed=config.training.seed,
         cache=config.data.cache,
@@ -242,7 +242,11 @@ def _loaders(
         **ranks,
     )
     val = eval_loader(
-        data.splits["val"], EvalTransform(student.input), batch_size=max(batch, 64), cache=config.data.cache, **ranks
+        data.splits["val"],
+        eval_view(data.task, student.input, evaluation=config.segmentation.evaluation),
+        batch_size=max(batch, 64) if data.task == "classification" else batch,
+        cache=config.data.cache,
+        **ranks,
     )
     return train, val
 

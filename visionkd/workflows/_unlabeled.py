@@ -49,6 +49,12 @@ def check_unlabeled(
         RequestError: If there is a pool of them, or a teacher would have to be fitted on them.
         DataError: If the data has none but them.
     """
+    if data.task != "classification":  # whose data always has labels
+        if config.data.unlabeled is not None:
+            key = "--unlabeled" if isinstance(config, DistillConfig) else "data.unlabeled"
+            problem = f"images without labels serve classification, and the data's task is {data.task}"
+            raise RequestError(Problem(key, problem, "Leave them out."))
+        return
     if not uses_labels:
         if not has_labels(data.splits["train"]):
             _check_teachers(config, data, teachers)
@@ -87,7 +93,7 @@ def _check_teachers(config: RunConfig, data: DataSet, teachers: Sequence[Network
 
 def needs_preparation(data: DataSet, pool: Opened | None) -> bool:
     """Whether a run has images without labels."""
-    return pool is not None or not has_labels(data.splits["val"])
+    return pool is not None or (data.task == "classification" and not has_labels(data.splits["val"]))
 
 
 def prepare_unlabeled(

@@ -20,7 +20,7 @@ from visionkd.errors import DataError, Problem, RequestError
 from visionkd.files import replacing, write_text
 from visionkd.models.network import Network
 from visionkd.types import DataSet, Listener, Progress, Source
-from visionkd.workflows._evaluation import answer
+from visionkd.workflows._classification import answer
 from visionkd.workflows._training import torch_device
 
 STAGE = "unlabeled"

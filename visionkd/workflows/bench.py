@@ -11,6 +11,7 @@ from visionkd.benchmark.record import BenchRecord
 from visionkd.errors import Problem, RequestError
 from visionkd.runtime.bundle_file import file_to_run, is_bundle
 from visionkd.runtime.session import backend_of, is_engine_file, is_model_file
+from visionkd.runtime.zoo_name import is_zoo_name
 from visionkd.types import Listener, MetricRow, Progress
 from visionkd.workflows.results import BenchResult
 
@@ -86,6 +87,8 @@ def _makers(
     run_torch: Callable[[str], Runner],
 ) -> list[Callable[[], Runner]]:
     """Return what makes the runners of a model; wrong requests are found before the first is made."""
+    if is_zoo_name(model):
+        return [_zoo_maker(model, backend, run_file, run_torch) for backend in backends or (None,)]
     if is_bundle(model):
         files = [file_to_run(model, backend) for backend in backends or (None,)]
         return [lambda file=file: run_file(file, file) for file in files]  # type: ignore[misc]
@@ -102,6 +105,18 @@ def _makers(
             exported = _exported(model, backend)
             makers.append(lambda file=exported: run_file(file, model))
     return makers
+
+
+def _zoo_maker(
+    model: str,
+    backend: str | None,
+    run_file: Callable[[str | Path, str], Runner],
+    run_torch: Callable[[str], Runner],
+) -> Callable[[], Runner]:
+    if backend == "tensorrt":
+        _exported(model, backend)  # says how an engine is built
+    file = file_to_run(model, backend)
+    return (lambda: run_file(file, model)) if is_model_file(file) else (lambda: run_torch(model))
 
 
 def _exported(model: str, backend: str) -> Path:

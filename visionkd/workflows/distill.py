@@ -18,20 +18,22 @@ from visionkd.tasks.make import task_of
 from visionkd.types import DataSet, Listener
 from visionkd.workflows._distill_int8 import Int8Tail, check_int8
 from visionkd.workflows._finetune import finetune_teacher
-from visionkd.workflows._finish import validation_loss
+from visionkd.workflows._finish import validation_figures
 from visionkd.workflows._labels import labels_for, resolve_label_store
-from visionkd.workflows._method import choose_method, method_name
+from visionkd.workflows._method import choose_method, method_name, trains_own_teacher
 from visionkd.workflows._networks import (
     check_fit,
     load_network,
     look_at_teacher,
     needs_fit,
     probe_teacher,
+    refuse_privileged,
     seeded_network,
 )
 from visionkd.workflows._request import build_config, check_mode, command_line, shared_overrides
 from visionkd.workflows._rundir import RunDirectory, open_run
 from visionkd.workflows._stages import FLOAT, Stages, data_text, open_for_training, stages_of_export, write_environment
+from visionkd.workflows._tasks import check_task
 from visionkd.workflows._training import budget_text, check_compute, fit, resolve_training, run_path
 from visionkd.workflows._unlabeled import STAGE as UNLABELED
 from visionkd.workflows._unlabeled import check_unlabeled, needs_preparation, open_pool, prepare_unlabeled
@@ -76,7 +78,7 @@ def distill(
         student: MODEL to train.
         data: DATA; None takes the recipe's, or the embedded ``shapes``.
         method: File name in ``visionkd/methods``, or ``auto``.
-        task: ``classification``, or ``auto`` to let the data decide.
+        task: ``classification``, ``segmentation``, or ``auto`` to let the data decide.
         config: Recipe name or YAML file that the other arguments override.
         options: ``KEY=VALUE`` overrides of any key of the configuration.
         epochs: Passes over the training set.
@@ -158,7 +160,7 @@ class _Distillation:
         self.pool = open_pool(config)
         self.teachers: list[Network] = []
         self.data, self.student = open_for_training(config, config.student, classes=self._teacher_classes)
-        self._load_teachers()
+        self._load_teachers(own=trains_own_teacher(config, self.student))
         self.method, self.options = choose_method(
             config, student=self.student, teachers=self.teachers, listener=listener,
             unlabeled=needs_preparation(self.data, self.pool),
@@ -169,8 +171,10 @@ class _Distillation:
         #: Whether the outcome is an encoder without a classifier.
         self.pretrains = self.method.pretrains(self.options)
         #: Numbers of the teachers whose classes matter.
-        self.asked = [number for number, teacher in enumerate(self.teachers) if self.method.asks(teacher, self.options)]
+        asked = () if self.method.trains_teacher else enumerate(self.teachers)
+        self.asked = [number for number, teacher in asked if self.method.asks(teacher, self.options)]
         for number in self.asked:
+            check_task(config.teachers[number].name, self.teachers[number].task, self.data.task, key="--teacher")
             check_fit(self.teachers[number], self.data, config, name=config.teachers[number].name)
         check_unlabeled(
             config, self.data, method_name(config), uses_labels=self.method.uses_labels and not self.pretrains,
@@ -195,12 +199,17 @@ class _Distillation:
         run_name = f"{self.student.architecture}.{method_name(config)}_{'_'.join(self.names)}_{self.data.name}"
         self.path = run_path(out, run_name)
 
-    def _load_teachers(self) -> None:
+    def _load_teachers(self, *, own: bool = False) -> None:
+        """Create the teachers; those that are the method's ``own`` are trained in the run, on the data's classes."""
         if not self.teachers:
             self.teachers = [
-                seeded_network(spec, data=None, seed=self.config.training.seed, role=f"teacher{number}")
+                seeded_network(
+                    spec, data=self.data if own else None, seed=self.config.training.seed, role=f"teacher{number}"
+                )
                 for number, spec in enumerate(self.config.teachers)
             ]
+            for teacher, spec in zip(() if own else self.teachers, self.config.teachers, strict=False):
+                refuse_privileged(teacher, spec.name)
 
     def _teacher_classes(self) -> tuple[str, ...]:
         """Names for the classes of data that has no labels."""
@@ -228,7 +237,10 @@ class _Distillation:
             self._say_method(listener)
             student = self.student
             for training in self.trainings:
-                student = self._train(student, training, run, listener, stages)
+                if training.trains == "teacher":
+                    self.teachers = [self._train(self.teachers[0], training, run, listener, stages).eval()]
+                else:
+                    student = self._train(student, training, run, listener, stages)
             plain = None
             if tail is not None:
                 student, plain = tail.run(
@@ -244,7 +256,7 @@ class _Distillation:
                 "run": run.path.name,
             }
             if self.pretrains:
-                return stages.finish_pretrained(student, data=self.data, origin=origin, losses=validation_loss(run))
+                return stages.finish_pretrained(student, data=self.data, origin=origin, losses=validation_figures(run))
             asked = [(self.names[number], self.teachers[number]) for number in self.asked]
             if plain is None or tail is None:
                 return stages.finish(student, asked, data=self.data, origin=origin)
@@ -257,7 +269,9 @@ class _Distillation:
         """Return what follows the trainings with ``--int8``."""
         if not self.config.int8.enabled:
             return None
-        return Int8Tail(self.config, img_size=self.img_size, uses_labels=self.method.uses_labels)
+        return Int8Tail(
+            self.config, img_size=self.img_size, uses_labels=self.method.uses_labels, task=self.data.task
+        )
 
     def _say_choices(self, listener: Listener) -> None:
         config = self.config
@@ -319,23 +333,25 @@ class _Distillation:
         self, student: Network, training: TrainingStage, run: RunDirectory, listener: Listener, stages: Stages
     ) -> Network:
         """Run one training of the method, which goes on with the weights of the one before."""
-        kept = run.path / "stages" / training.name
-        with stages.stage(training.name, f"{training.title} into {student.architecture}") as todo:
-            made = [path for path in (run.path / FLOAT, run.model, kept) if path.is_dir()]
+        kept, of_teacher = run.path / "stages" / training.name, training.trains == "teacher"
+        title = training.title if of_teacher else f"{training.title} into {student.architecture}"
+        with stages.stage(training.name, title) as todo:
+            places = (kept,) if of_teacher else (run.path / FLOAT, run.model, kept)
+            made = [path for path in places if path.is_dir()]
             if not todo and made:
-                return load_network(str(made[0])).train()
+                return load_network(str(made[0]), with_labels=of_teacher).train()
             config, data = stage_config(self.config, training), stage_data(self.data, training)
             student = self.method.prepare_student(student, training, config, self.options)
             # of all data, for a training on the labelled images too: they come first, so their labels are the same
             labels = labels_for(
                 config, data=self.data, teachers=self.teachers,
                 temperature=self.method.label_temperature(self.options), img_size=self.img_size,
-                interpolation=student.input.interpolation, listener=listener,
+                student=student, listener=listener,
             )  # fmt: skip
             task = task_of(data, config)
             build = partial(
-                self.method.module_of(training, self.options), student=student, teachers=self.teachers, task=task,
-                config=config, options=self.options,
+                self.method.module_of(training, self.options), student=student,
+                teachers=() if of_teacher else self.teachers, task=task, config=config, options=self.options,
             )  # fmt: skip
             if training.epochs == 0:  # the method makes something of the student as it is
                 module = build(budget=Budget(steps_per_epoch=0, epochs=0))
@@ -346,9 +362,13 @@ class _Distillation:
                     views=config.label_store, labels=labels,
                 )  # fmt: skip
             if run.writes and training != self.trainings[-1]:
+                origin = {"method": method_name(config), "role": "teacher"} if of_teacher else {}
                 save_package(
-                    module.deployed_student.cpu(), kept, task=data.task, classes=data.classes, metrics={}, origin={}
-                )
+                    module.deployed_student.cpu(), kept, task=data.task, classes=data.classes, metrics={},
+                    origin=origin,
+                )  # fmt: skip
+                if of_teacher:  # what it was shown makes its figures no figures of the run
+                    run.update(teacher_metrics=run.take_metrics())
             return module.deployed_student
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,13 @@ import yaml
 from visionkd.config.load import load_config
 from visionkd.config.schema import RunConfig
 from visionkd.data.open import open_data
-from visionkd.data.subset import stratified_subset, targets_of
-from visionkd.errors import DataError, Problem, RequestError, UnreadableImageError, did_you_mean
+from visionkd.data.subset import SubsetSource
+from visionkd.errors import DataError, Problem, RequestError, did_you_mean
 from visionkd.runtime.bundle_file import file_to_run
-from visionkd.runtime.metrics import classification_metrics, per_class_accuracy
-from visionkd.runtime.session import Session, backend_of, is_model_file, open_session
-from visionkd.types import DataSet, Listener, Progress, Source
+from visionkd.runtime.session import backend_of, is_model_file, open_session
+from visionkd.runtime.zoo_name import is_zoo_name
+from visionkd.types import DataSet, Listener, Source
+from visionkd.workflows._tasks import Answers, check_task, work_of
 from visionkd.workflows.results import EvalResult
 
 
@@ -52,7 +52,7 @@ def evaluate(
         DataError: If no image can be read.
     """
     listener = listener or Listener()
-    model = file_to_run(model, backend)
+    given, model = model, file_to_run(model, backend)
     run = run_of(model)
     config = data_config(data, run=run, options=options)
     is_file = is_model_file(model)
@@ -65,43 +65,43 @@ def evaluate(
             Problem("--backend", f"{model} is not {kind}", f"Run: visionkd export {model} --format {format}")
         )
     loaded: Any = open_session(model, accelerator=accelerator or "auto") if is_file else _network(model)  # type: ignore[arg-type]
+    model = given if is_zoo_name(given) else model  # from here on for messages: not where the cache keeps it
     size = max(loaded.input.img_size)
-    dataset = open_data(
-        config.data.path, config=config.data, seed=config.data.split_seed, img_size=size, task=config.task
-    )
+    task = loaded.task if config.task == "auto" and config.data.path == "shapes" else config.task
+    dataset = open_data(config.data.path, config=config.data, seed=config.data.split_seed, img_size=size, task=task)
+    check_task(model, loaded.task, dataset.task, key="MODEL")
+    work = work_of(dataset.task)
     name, source = choose_split(dataset, split, trained_here=run is not None and data is None)
     for text in dataset.messages if name != "all" else (f"{dataset.name} has no splits: measured on all of it",):
         listener.message(text)
-    if limit is not None:
-        source = stratified_subset(source, limit, seed=config.data.split_seed)
-    columns, note = match_classes(loaded.classes, dataset.classes, _num_outputs(loaded), model)
+    if limit is not None and limit < len(source):
+        source = SubsetSource(source, work.some(source, limit, seed=config.data.split_seed))
+    columns, note = match_classes(loaded.classes, dataset.classes, loaded.num_classes, model)
     if note:
         listener.message(note)
-    batch = batch_size or 64
     if is_file:
-        probs, kept, skipped = _run_session(loaded, source, batch, listener)
+        found = work.answer_file(
+            loaded, source, config=config, batch_size=batch_size or 64, listener=listener, columns=columns
+        )
     else:
-        probs, kept, skipped = _run_network(loaded, source, batch, accelerator, config, listener)
-    if not len(kept):
+        found = _run_network(loaded, source, batch_size or 64, accelerator, config, listener, columns)
+    if not len(found.indices):
         raise DataError(
             f"None of the {len(source)} images can be read.",
             hint=f"Look at them with 'visionkd data check {config.data.path}'.",
         )
-    if columns is not None:
-        probs = probs[:, list(columns)]
-        probs = probs / np.maximum(probs.sum(1, keepdims=True), 1e-12)  # given that it is one of these classes
-    targets = targets_of(source)[kept]
-    by_class = per_class_accuracy(probs, targets)
+    by_class = found.per_class()
     return EvalResult(
         model=model,
         data=config.data.path,
         split=name,
-        num_images=len(kept),
-        metrics={metric: float(value) for metric, value in classification_metrics(probs, targets).items()},
+        num_images=len(found.indices),
+        metrics=found.metrics(),
         per_class={
             label: float(value) for label, value in zip(dataset.classes, by_class, strict=True) if not np.isnan(value)
         },
-        skipped=skipped,
+        skipped=found.skipped,
+        measure=work.PER_CLASS,
     )
 
 
@@ -126,7 +126,8 @@ def data_config(data: str | None, *, run: Path | None, options: Sequence[str] = 
     text = None
     if run is not None:
         known = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
-        kept = {"data": known.get("data", {})}
+        kept = {name: known[name] for name in ("data", "segmentation", "task") if name in known}
+        kept.setdefault("data", {})
         if data is not None:
             kept["data"]["path"] = data
         text = yaml.safe_dump(kept)
@@ -191,19 +192,16 @@ def _network(model: str) -> Any:
     return load_classifier(model)
 
 
-def _num_outputs(loaded: Any) -> int:
-    if isinstance(loaded, Session):
-        if loaded.classes is not None:
-            return len(loaded.classes)
-        return loaded.predict_logits(np.zeros((1, 3, *loaded.input.img_size), np.float32)).shape[1]
-    return loaded.num_classes
-
-
 def _run_network(
-    network: Any, source: Source, batch_size: int, accelerator: str | None, config: RunConfig, listener: Listener
-) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    network: Any,
+    source: Source,
+    batch_size: int,
+    accelerator: str | None,
+    config: RunConfig,
+    listener: Listener,
+    columns: Sequence[int] | None,
+) -> Answers:
     from visionkd.data.loader import default_workers
-    from visionkd.workflows._evaluation import answer
     from visionkd.workflows._training import check_compute, torch_device
 
     if accelerator is not None:
@@ -211,31 +209,7 @@ def _run_network(
         if problems := check_compute(config):
             raise RequestError(problems)
     workers = default_workers() if config.data.workers is None else config.data.workers
-    device = torch_device(config.compute)
-    found = answer(network, source, device=device, batch_size=batch_size, workers=workers, listener=listener)
-    return found.probs, found.indices, found.skipped
-
-
-def _run_session(
-    session: Session, source: Source, batch_size: int, listener: Listener
-) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    kept: list[int] = []
-    skipped: list[str] = []
-    start = time.perf_counter()
-
-    def readable() -> Iterator[Any]:
-        for index in range(len(source)):
-            try:
-                image = source.load(index)
-            except UnreadableImageError:
-                skipped.append(source.name(index))
-                continue
-            kept.append(index)
-            if len(kept) % batch_size == 0:
-                rate = len(kept) / (time.perf_counter() - start)
-                left = (len(source) - index) / rate
-                listener.progress(Progress("evaluate", index + 1, len(source), images_per_s=rate, eta_s=left))
-            yield image
-
-    probs = session.predict_images(readable(), batch_size=batch_size)
-    return probs, np.asarray(kept, np.int64), tuple(skipped)
+    return work_of(network.task).answer(
+        network, source, config=config, device=torch_device(config.compute), batch_size=batch_size, workers=workers,
+        listener=listener, columns=columns,
+    )  # fmt: skip

@@ -14,10 +14,10 @@ from PIL import Image
 from visionkd.data.open import open_data
 from visionkd.errors import RequestError, VisionKDError
 from visionkd.files import check_writable, write_text
-from visionkd.report.data import Curves, Evaluation, ExportRow, ModelRow, ReportData
+from visionkd.report.data import Curves, ExportRow, ModelRow, ReportData
 from visionkd.report.html import render_report
 from visionkd.types import Listener
-from visionkd.workflows._evaluation import Evaluations
+from visionkd.workflows._tasks import Evaluations, Work, work_of
 from visionkd.workflows.evaluate import data_config
 from visionkd.workflows.results import ReportResult
 
@@ -65,18 +65,21 @@ def report(
     config_text = (path / "config.yaml").read_text(encoding="utf-8")
     config = yaml.safe_load(config_text)
     # an encoder that was pre-trained answers nothing yet
-    evaluations = Evaluations.load(path / "evaluation.npz") if comparison["rows"][0]["role"] != "encoder" else None
+    card = _read_json(path / "model" / "model.json") or {}
+    work = work_of(card.get("task", "classification"))
+    evaluations = work.load(path / "evaluation.npz") if comparison["rows"][0]["role"] != "encoder" else None
     environment = _read_json(path / "environment.json") or {}
     rows = comparison["rows"]
     exports = tuple(ExportRow(**_known(ExportRow, row)) for row in _read_json(path / "export" / "export.json") or ())
     exported_latency = _read_json(path / "export" / "latency.json") or {}
     about = "agreement with the teacher, not accuracy" if comparison.get("note") else ""
     student = _model_row(rows[0], note=about, latency_ms=exported_latency)
-    baseline_rows, baseline_probs = _of_role(rows, "baseline"), evaluations and evaluations.probs.get("baseline")
+    baseline_rows, other = _of_role(rows, "baseline"), None
     if baseline is not None and evaluations is not None:
-        baseline_rows, baseline_probs = _baseline(baseline, evaluations)
+        baseline_rows, other = _baseline(baseline, work)
     baseline = baseline or config["report"]["baseline"]
-    card = _read_json(path / "model" / "model.json") or {}
+    classes = tuple(card.get("classes") or ())
+    parts = work.report_parts(evaluations, baseline=other, classes=classes) if evaluations is not None else {}
     data = ReportData(
         title=f"{student.name}: {_title(config)}",
         run=path.resolve().name,
@@ -92,13 +95,14 @@ def report(
         options=config.get("options", {}),
         curves=_curves(path),
         baseline_curves=_curves(Path(baseline)) if baseline is not None else None,
-        classes=tuple(card.get("classes") or ()),
-        evaluation=evaluations and _evaluation(evaluations, baseline_probs),
-        thumbnail=evaluations and _thumbnails(path, evaluations, listener, card.get("classes") or ()),
+        classes=classes,
+        measure=work.TITLE,
+        **parts,
+        thumbnail=evaluations and _thumbnails(path, evaluations, listener, classes),
         environment=environment,
         config=config_text,
         messages=tuple((level, text) for level, text in status.get("messages", ())),
-        preflight=tuple((state, text) for state, text in status.get("preflight", ())),
+        preflight=(*(tuple(found) for found in status.get("preflight", ())), *_privileged(status)),
         exports=exports,
         augmentation=path / "augmentations" if (path / "augmentations").is_dir() else None,
         note=comparison.get("note", ""),
@@ -120,14 +124,15 @@ def _title(config: Mapping[str, Any]) -> str:
     return str(config.get("method") or titles.get(config.get("objective", ""), "supervised training"))
 
 
-def _evaluation(evaluations: Evaluations, baseline_probs: Any) -> Evaluation:
-    return Evaluation(
-        evaluations.targets,
-        evaluations.probs["student"],
-        evaluations.probs.get("teacher"),
-        baseline_probs,
-        evaluations.names,
-    )
+def _privileged(status: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Say what a teacher reached that the run trained itself and that is shown the labels."""
+    found = status.get("teacher_metrics") or {}
+    if "val/miou" not in found:
+        return []
+    without = found.get("val/miou_no_label")
+    without = f", {without:.2f} % without them" if without is not None else ""
+    text = f"mIoU of the teacher that this run trained: {found['val/miou']:.2f} % while it sees the labels{without}."
+    return [("privileged", f"{text} It is no model to use, so it stands in no table.")]
 
 
 def _model_row(row: Mapping[str, Any], *, note: str, latency_ms: Mapping[str, float] | None = None) -> ModelRow:
@@ -143,16 +148,14 @@ def _of_role(rows: list[dict[str, Any]], role: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["role"] == role]
 
 
-def _baseline(run: str, evaluations: Evaluations) -> tuple[list[dict[str, Any]], Any]:
-    """Return the row of another run's network, and its answers where they are about the same samples."""
+def _baseline(run: str, work: Work) -> tuple[list[dict[str, Any]], Evaluations]:
+    """Return the row of another run's network, and its answers."""
     found = _read_json(Path(run) / "comparison.json")
-    if found is None:
-        raise RequestError(
-            f"--baseline {run} is not a finished run.", hint="Give the directory of a run made by 'visionkd train'."
-        )
-    other = Evaluations.load(Path(run) / "evaluation.npz")
-    same = other.names == evaluations.names and other.probs["student"].shape == evaluations.probs["student"].shape
-    return found["rows"][:1], other.probs["student"] if same else None
+    card = _read_json(Path(run) / "model" / "model.json") or {}
+    if found is None or work_of(card.get("task", "classification")) is not work:
+        wrong = "is not a finished run" if found is None else f"is a run of another task, {card.get('task')}"
+        raise RequestError(f"--baseline {run} {wrong}.", hint="Give the directory of a run made by 'visionkd train'.")
+    return found["rows"][:1], work.load(Path(run) / "evaluation.npz")
 
 
 def _curves(run: Path) -> Curves | None:
@@ -164,7 +167,9 @@ def _thumbnails(path: Path, evaluations: Evaluations, listener: Listener, classe
     """Return what gives the picture of an evaluated sample, None where the data is gone."""
     config = data_config(None, run=path)
     try:
-        data = open_data(config.data.path, config=config.data, seed=config.data.split_seed, classes=lambda: classes)
+        data = open_data(
+            config.data.path, config=config.data, seed=config.data.split_seed, classes=lambda: classes, task=config.task
+        )
         source = data.splits["val"]
     except (VisionKDError, KeyError) as error:
         listener.message(f"The report is without pictures: {error}", level="warning")

@@ -29,7 +29,18 @@ class RunResult:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Metrics in percent of a model on a split; ``skipped`` names images that could not be read."""
+    """Metrics in percent of a model on a split.
+
+    Attributes:
+        model: MODEL as it was given.
+        data: DATA that it was measured on.
+        split: Split of it.
+        num_images: Images that could be read.
+        metrics: By name.
+        per_class: Accuracy of each class that occurs, or its intersection over union.
+        skipped: Names of images that could not be read.
+        measure: What ``per_class`` is: ``top1`` or ``iou``.
+    """
 
     model: str
     data: str
@@ -38,16 +49,27 @@ class EvalResult:
     metrics: Mapping[str, float]
     per_class: Mapping[str, float]
     skipped: tuple[str, ...] = ()
+    measure: str = "top1"
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of one image, most probable first; ``saved`` is the picture they were drawn on."""
+    """What is on one image.
+
+    Attributes:
+        image: The file.
+        labels: The most probable classes, most probable first; of a segmentation network those on the image, the
+            largest first.
+        probs: Their probabilities, in [0, 1]; of a segmentation network their shares of the pixels.
+        saved: The picture they were drawn on.
+        saved_map: Palette picture whose values are the classes of the pixels.
+    """
 
     image: Path
     labels: tuple[str, ...]
     probs: tuple[float, ...]
     saved: Path | None = None
+    saved_map: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -60,10 +82,11 @@ class PredictResult:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """An exported file and how it was checked: largest difference of a logit, and top-1 in percent before and after.
+    """An exported file and how it was checked: largest difference of a logit, and accuracy in percent before and after.
 
-    Of an INT8 file also the float network's top-1, how many times faster than it the file is on this machine, and the
-    layers that the gate left in float.
+    The accuracy is top-1, or mIoU of a segmentation network; the other one is None. Of an INT8 file also that of the
+    float network, how many times faster than it the file is on this machine, and the layers that the gate left in
+    float.
     """
 
     file: Path
@@ -75,6 +98,9 @@ class ExportResult:
     top1_float: float | None = None
     speedup: float | None = None
     left_float: tuple[str, ...] | None = None
+    miou_torch: float | None = None
+    miou_exported: float | None = None
+    miou_float: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,9 +118,11 @@ class EngineResult:
         int8_layers: Those that compute in INT8.
         reformat_layers: Those that only change formats.
         max_abs_diff: Largest difference of a logit from ONNX Runtime; None where it was not compared.
-        top1_onnx: Accuracy of the ONNX file in percent.
+        top1_onnx: Accuracy of the ONNX file in percent; None for segmentation.
         top1_engine: Accuracy of the engine in percent.
         num_verify_images: Images compared on.
+        miou_onnx: mIoU of the ONNX file in percent; None but for segmentation.
+        miou_engine: mIoU of the engine in percent.
     """
 
     file: Path
@@ -110,6 +138,8 @@ class EngineResult:
     top1_onnx: float | None
     top1_engine: float | None
     num_verify_images: int
+    miou_onnx: float | None = None
+    miou_engine: float | None = None
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,15 @@ from typing import Any
 
 from visionkd.config.load import build_options, options_problems
 from visionkd.config.schema import TrainConfig
+from visionkd.data.captions import captions_of
 from visionkd.errors import Problem, RequestError
+from visionkd.methods._contrastive import Captions, Contrastive, tokenize_captions
 from visionkd.methods._mae import MAE
 from visionkd.methods._supervised import Supervised
 from visionkd.models.network import Network
 from visionkd.tasks.make import task_of
 from visionkd.types import DataSet, Listener
-from visionkd.workflows._finish import validation_loss
+from visionkd.workflows._finish import validation_figures
 from visionkd.workflows._networks import load_network, probe_classifier
 from visionkd.workflows._request import build_config, check_mode, command_line, shared_overrides
 from visionkd.workflows._rundir import RunDirectory, open_run
@@ -24,9 +26,19 @@ from visionkd.workflows._training import budget_text, check_compute, fit, resolv
 from visionkd.workflows._unlabeled import check_unlabeled
 from visionkd.workflows.results import RunResult
 
-_NAMES = {"supervised": "supervised training", "mae": "the objective mae", "linear_probe": "a linear probe"}
-_SHORT = {"supervised": "train", "mae": "mae", "linear_probe": "probe"}
-_TITLES = {"supervised": "Train", "mae": "Pre-train", "linear_probe": "Fit a classifier on the features of"}
+_NAMES = {
+    "supervised": "supervised training",
+    "mae": "the objective mae",
+    "contrastive": "the objective contrastive",
+    "linear_probe": "a linear probe",
+}
+_SHORT = {"supervised": "train", "mae": "mae", "contrastive": "image_text", "linear_probe": "probe"}
+_TITLES = {
+    "supervised": "Train",
+    "mae": "Pre-train",
+    "contrastive": "Train on captions",
+    "linear_probe": "Fit a classifier on the features of",
+}
 
 
 def train(
@@ -59,7 +71,7 @@ def train(
 
     Args:
         model: Network to train; None takes that of ``init``.
-        objective: ``supervised``, ``mae`` or ``linear_probe``.
+        objective: ``supervised``, ``mae``, ``contrastive`` or ``linear_probe``.
         init: MODEL whose weights the network begins with, apart from its classifier.
         linear_probe: Short for the objective of that name.
 
@@ -100,14 +112,17 @@ def train(
         problems.append(Problem("augment.learned", message, "Leave it out, or use 'visionkd distill --augment hard'."))
     if problems:
         raise RequestError(problems)
-    masked = settings.objective == "mae"
+    encodes = settings.objective in ("mae", "contrastive")
     dataset, network = open_for_training(
-        settings, settings.model, classes=tuple if masked else None, init=settings.init, classifier=not masked
+        settings, settings.model, classes=tuple if encodes else None, init=settings.init, classifier=not encodes
     )
     if settings.objective == "supervised" and settings.options:
         raise RequestError(Problem("options", "supervised training has no options of its own", "Leave them out."))
-    check_unlabeled(settings, dataset, _NAMES[settings.objective], uses_labels=not masked)
-    choices = _settle_mae(settings, network) if masked else []
+    check_unlabeled(settings, dataset, _NAMES[settings.objective], uses_labels=not encodes)
+    choices = _settle_mae(settings, network) if settings.objective == "mae" else []
+    captions = None
+    if settings.objective == "contrastive":
+        captions, choices = _settle_contrastive(settings, network, dataset)
     resolve_training(settings, img_size=max(network.input.img_size))
     path = run_path(out, f"{network.architecture}.{_SHORT[settings.objective]}_{dataset.name}")
     command = command_line()
@@ -125,15 +140,15 @@ def train(
             if not todo and run.model.is_dir():
                 network = load_network(str(run.model))
             else:
-                network = _trained(settings, network, dataset, run, told)
+                network = _trained(settings, network, dataset, run, told, captions)
         if not run.writes:
             return RunResult(run.path, {})
         origin = {"method": settings.objective, "run": run.path.name}
         if settings.init is not None:
             origin["init"] = settings.init
-        if masked:
+        if encodes:
             return stages.finish_pretrained(
-                network, data=dataset, origin={**origin, "options": settings.options}, losses=validation_loss(run)
+                network, data=dataset, origin={**origin, "options": settings.options}, losses=validation_figures(run)
             )
         return stages.finish(network, [], data=dataset, origin=origin)
 
@@ -153,12 +168,38 @@ def _settle_mae(settings: TrainConfig, network: Network) -> list[str]:
     return MAE.settle(**given)
 
 
-def _trained(settings: TrainConfig, network: Network, data: DataSet, run: RunDirectory, listener: Listener) -> Network:
+def _settle_contrastive(settings: TrainConfig, network: Network, data: DataSet) -> tuple[Captions, list[str]]:
+    """Check the contrast of images and captions and write its options out; return the captions, and what to say."""
+    if problems := options_problems(Contrastive.Options, settings.options):
+        raise RequestError(problems)
+    options = build_options(Contrastive.Options, settings.options)
+    if problems := Contrastive.check(student=network, teachers=(), config=settings, options=options):
+        raise RequestError(problems)
+    settings.options = asdict(options)
+    train, val = (captions_of(data.splits[split], settings.data.path) for split in ("train", "val"))
+    captions = tokenize_captions(train, val, data.classes, options)
+    said = [f"Captions: {len(captions.spec.words)} different words, {captions.train.shape[1]} captions an image"]
+    if data.classes and captions.classes is None:
+        said.append("Names of classes have words that no caption has: there is no zero-shot accuracy")
+    return captions, said
+
+
+def _trained(
+    settings: TrainConfig,
+    network: Network,
+    data: DataSet,
+    run: RunDirectory,
+    listener: Listener,
+    captions: Captions | None = None,
+) -> Network:
     """Return the network as its objective trains it."""
     if settings.objective == "linear_probe":
         return probe_classifier(network, data, settings, listener)
     if settings.objective == "mae":
         build = partial(MAE, student=network, config=settings, options=build_options(MAE.Options, settings.options))
+    elif captions is not None:
+        options = build_options(Contrastive.Options, settings.options)
+        build = partial(Contrastive, student=network, config=settings, options=options, captions=captions)
     else:
         task = task_of(data, settings)
         build = partial(Supervised, student=network, task=task, config=settings)

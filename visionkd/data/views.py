@@ -1,0 +1,35 @@
+"""The views of a task, at training and at evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from visionkd.config.schema import RunConfig
+from visionkd.data.dense_transforms import DenseEvalTransform, DenseTrainTransform
+from visionkd.data.transforms import EvalTransform, TrainTransform
+from visionkd.types import InputSpec, TaskName
+
+
+def train_view(task: TaskName, config: RunConfig, *, img_size: tuple[int, int], interpolation: str) -> Any:
+    """Return what draws the training views of a task.
+
+    Args:
+        task: What is trained.
+        config: Settings of the run.
+        img_size: Largest input of the networks that look at the views, height and width in pixels.
+        interpolation: Filter for pictures.
+    """
+    if task == "segmentation":
+        return DenseTrainTransform(config.augment, config.segmentation, img_size, interpolation)
+    return TrainTransform(config.augment, img_size=img_size, interpolation=interpolation)
+
+
+def eval_view(task: TaskName, spec: InputSpec, *, evaluation: str = "resize") -> Any:
+    """Return what gives the one view of an image at evaluation.
+
+    Args:
+        task: What is evaluated.
+        spec: The network's input.
+        evaluation: As in :class:`visionkd.config.segmentation.SegmentationConfig`.
+    """
+    return DenseEvalTransform(spec, evaluation) if task == "segmentation" else EvalTransform(spec)

@@ -1,0 +1,1 @@
+"""Networks that find objects: torchvision's own, and three kinds of detector on any backbone of timm."""
