@@ -133,7 +133,8 @@ def test_pictures_without_maps_give_ranges_and_agreement(package: str, pictures:
     assert rows["baseline"]["miou"] == 100.0 and 50.0 < rows["student"]["miou"] < 100.0
     assert any("agreement with the float model" in text for text in notes.said)
     network, card = load_package(result.files["model"])
-    assert card["quantization"]["kind"] == "int8" and "agreement" in card["metrics_note"] and network.task == "segmentation"
+    assert card["quantization"]["kind"] == "int8" and "agreement" in card["metrics_note"]
+    assert network.task == "segmentation"
 
 
 def test_the_teacher_trains_the_quantised_network(package: str, mapped: str, tmp_path: Path) -> None:

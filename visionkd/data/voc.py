@@ -122,7 +122,8 @@ def _splits(
         named = {split for split in members if split != "all"}
         found = _Splits(members)
         if named and "all" in members:
-            found.messages.append(f"{len(members.pop('all'))} images outside of {', '.join(sorted(named))} are left out.")
+            outside = len(members.pop("all"))
+            found.messages.append(f"{outside} images outside of {', '.join(sorted(named))} are left out.")
         return found
     found = _Splits({})
     if "train" in lists or "val" in lists:

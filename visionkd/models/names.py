@@ -27,8 +27,8 @@ class Resolved:
 
     Attributes:
         source: Where the network comes from.
-        architecture: timm or torchvision name, ``HEAD_BACKBONE`` or ``DETECTOR_BACKBONE``; for a hub model its ``hf-hub:`` name; None where a
-            file tells.
+        architecture: timm or torchvision name, ``HEAD_BACKBONE`` or ``DETECTOR_BACKBONE``; for a hub model its
+            ``hf-hub:`` name; None where a file tells.
         tag: Name of the published weights; None takes the default ones.
         path: Package directory or checkpoint file.
         note: A choice made on the user's behalf, to be said aloud.
