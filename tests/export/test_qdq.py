@@ -49,8 +49,8 @@ def small_graph(small: Network) -> ir.Model:
     return graph_of(small)
 
 
-#: By family: size of the images, how many of eight are equal at least (a value on a tie may go the other way, which
-#: later layers carry on), and the distances allowed to the signed graph and to the file for processors, as shares of
+#: By family: size of the images; how many of eight are equal at least (a value on a tie may go the other way, which
+#: later layers carry on); and the distances allowed to the signed graph and to the file for processors, as shares of
 #: what quantisation itself has moved the logits. Measured, with about a quarter on top.
 FAMILIES = {
     "test_resnet": (32, 6, 0.6, 1.5),  # a max pool, an average pool in the skip, clipping before and after them

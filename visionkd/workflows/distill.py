@@ -269,9 +269,7 @@ class _Distillation:
         """Return what follows the trainings with ``--int8``."""
         if not self.config.int8.enabled:
             return None
-        return Int8Tail(
-            self.config, img_size=self.img_size, uses_labels=self.method.uses_labels, task=self.data.task
-        )
+        return Int8Tail(self.config, img_size=self.img_size, uses_labels=self.method.uses_labels, task=self.data.task)
 
     def _say_choices(self, listener: Listener) -> None:
         config = self.config
