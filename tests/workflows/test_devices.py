@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.workflows.dense import TINY, write_scenes
 
 ROOT = Path(__file__).resolve().parents[2]
 # a transformer: batch norm would see half the batch in each process
@@ -57,3 +61,23 @@ def test_two_processes_fill_one_label_store(tmp_path, monkeypatch):
     one, _ = run(tmp_path / "one", *settings)
     for name, value in one.items():
         torch.testing.assert_close(value, again[name], rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_on_maps(tmp_path, monkeypatch):
+    """Their counts of pixels are those of the whole split, once each, and LAD's two trainings run on both."""
+    monkeypatch.setenv("VISIONKD_CACHE", str(tmp_path / "cache"))
+    scenes = write_scenes(tmp_path / "scenes")
+    options = [part for option in (*TINY, "report.enabled=false", "student.img_size=64") for part in ("-o", option)]
+    shared = [
+        "--student", "fpn_cifar_resnet8", "--no-pretrained", "--data", str(scenes), "--epochs", "8",
+        "--accelerator", "cpu", "--devices", "2", *options,
+    ]  # fmt: skip
+    _, said = run(tmp_path / "lad", "distill", "--method", "lad", *shared)
+    assert "7 validation images" in said
+    trained = json.loads((tmp_path / "lad" / "status.json").read_text())["metrics"]
+    (alone,) = json.loads((tmp_path / "lad" / "comparison.json").read_text())["rows"]  # measured by one process
+    assert alone["miou"] > 35, "it answers with one class, which any wrong count would give too"
+    for name in ("miou", "pixel_acc"):
+        assert trained[f"val/{name}"] == pytest.approx(alone[name], abs=1e-3)
+    teacher = (tmp_path / "lad" / "metrics.teacher.csv").read_text()
+    assert "miou_other_label" in teacher
