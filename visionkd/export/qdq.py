@@ -56,6 +56,7 @@ def to_target(model: ir.Model, target: Target, ranges: Mapping[str, float] | Non
         _pad_image(model.graph)
         _shift(model.graph)
         _integer_biases(model.graph)
+    _own_zero_points(model.graph)
     _remove_unused(model.graph)
     return model
 
@@ -284,6 +285,17 @@ def _biases(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value, np.ndarray, np
         # beyond int32 where a channel has next to no weight: such a bias stays in float, and so does the layer
         if np.isfinite(steps).all() and np.abs(steps).max(initial=0) <= _INT32_MAX:
             yield node, bias, steps.astype(np.int32), unit
+
+
+def _own_zero_points(graph: ir.Graph) -> None:
+    """Give each weight a zero point of its own: ONNX Runtime cannot turn weights that share one into uint8, which it
+    has to do on x86 processors without VNNI, whose kernels overflow on int8 weights."""
+    for node in list(graph):
+        stored = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        integers = _constant(stored)
+        if integers is not None and integers.dtype == np.int8:
+            zero = _constant(node.inputs[2])
+            node.replace_input_with(2, _add(graph, f"{stored.name}.zero_point", zero))
 
 
 # Graphs ---------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 
 from visionkd.errors import DataError
 from visionkd.quantization.ranges import HistogramObserver, range_of
+from visionkd.runtime.ort import PRECISE
 
 _SILENT = 4
 _TINY = 127.0 * np.finfo(np.float32).tiny  # below, the scale would underflow
@@ -37,6 +38,7 @@ def measure_ranges(model: ir.Model, names: Sequence[str], batches: Iterable[np.n
     )
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = _SILENT, 1
+    options.add_session_config_entry(PRECISE, "1")
     session = onnxruntime.InferenceSession(
         proto.SerializeToString(), sess_options=options, providers=["CPUExecutionProvider"]
     )

@@ -12,6 +12,9 @@ import numpy as np
 from visionkd.errors import DataError, RequestError
 
 Accelerator = Literal["auto", "cpu", "gpu"]
+#: Makes x86 processors without VNNI add pairs of 8-bit products in 32 bits, where their kernels overflow in 16; others do
+#: so anyway.
+PRECISE = "session.x64quantprecision"
 _SILENT = 4  # onnxruntime's severities end at 4, fatal
 
 
@@ -58,8 +61,13 @@ class OrtModel:
             options.inter_op_num_threads = 1
             # Spinning threads would take the processor from whatever is measured or run beside them.
             options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
+        options.add_session_config_entry(PRECISE, "1")
         try:
-            self._session = runtime.InferenceSession(os.fspath(self.path), sess_options=options, providers=providers)
+            try:
+                self._session = runtime.InferenceSession(os.fspath(self.path), options, providers=providers)
+            except Exception:  # it fails on files of others in which several weights share a zero point
+                options.add_session_config_entry(PRECISE, "0")
+                self._session = runtime.InferenceSession(os.fspath(self.path), options, providers=providers)
         except Exception as error:  # onnxruntime's own exceptions share no base but Exception
             first = str(error).strip().splitlines()[0][:200]
             raise DataError(
