@@ -12,8 +12,8 @@ import numpy as np
 from visionkd.errors import DataError, RequestError
 
 Accelerator = Literal["auto", "cpu", "gpu"]
-#: Makes x86 processors without VNNI add pairs of 8-bit products in 32 bits, where their kernels overflow in 16; others do
-#: so anyway.
+#: Makes x86 processors without VNNI add pairs of 8-bit products in 32 bits, where their kernels overflow in 16; others
+#: do so anyway.
 PRECISE = "session.x64quantprecision"
 _SILENT = 4  # onnxruntime's severities end at 4, fatal
 
