@@ -39,6 +39,7 @@ TORCH = {"torch", "torchvision", "timm", "lightning", "torchmetrics", "safetenso
 TORCH_DATA_FILES = {
     "transforms.py",
     "dense_transforms.py",
+    "detection_transforms.py",
     "loader.py",
     "sampler.py",
     "known.py",

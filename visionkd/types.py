@@ -94,7 +94,8 @@ class Source(Protocol):
         """Decode sample ``index`` as RGB with its orientation applied; raises UnreadableImageError."""
 
     def target(self, index: int) -> Any:
-        """Class index for classification, cheap; a map of them, uint8 H x W with 255 ignored, for segmentation."""
+        """Class index for classification, cheap; a map of them, uint8 H x W with 255 ignored, for segmentation; for
+        detection ``boxes`` (N x 4 of float32: left, top, right, bottom in pixels), ``labels`` and ``crowd``."""
 
     def name(self, index: int) -> str:
         """Path of the sample, relative to the data, for messages."""
@@ -112,6 +113,7 @@ class DataSet:
         fingerprint: SHA-256 over the list of samples; changes when samples are added, removed or replaced.
         messages: Choices made on the user's behalf, to be said aloud.
         note: What the targets of the validation split are, where they are not labels.
+        novel: Classes whose boxes only the validation split has.
     """
 
     name: str
@@ -121,6 +123,7 @@ class DataSet:
     fingerprint: str
     messages: tuple[str, ...] = ()
     note: str = ""
+    novel: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -148,9 +148,12 @@ def test_a_general_recipe_shows_every_key(name: str) -> None:
     elsewhere = ("augment.hard.", "losses.")  # the first are in hard.yaml, the second below each method's name
     if name != "classification/kd":
         elsewhere += ("int8",)  # the same for every method
-    if not name.startswith("segmentation/"):
-        elsewhere += ("segmentation", "data.classes", "data.ignore")
-    ends = () if name.startswith("segmentation/") else (".backbone",)
+    task = name.split("/")[0]
+    elsewhere += ("data.shapes.vocabulary",)  # in the recipes of shapes
+    elsewhere += () if task == "segmentation" else ("segmentation", "data.ignore")
+    elsewhere += () if task == "detection" else ("detection", "data.novel")
+    elsewhere += ("data.classes",) if task == "classification" else ()
+    ends = (".backbone",) if task == "classification" else ()
     shown = {key for key in schema_keys(type(config_of(name))) if not key.startswith(elsewhere)}
     shown = {key for key in shown if not key.endswith(ends)}
     assert sorted(shown - set(keys(values))) == []

@@ -136,7 +136,7 @@ def test_unusable_folders(tmp_path, make_folder, layout, words):
 )
 def test_other_tasks_are_refused(files, task):
     folders = {"/".join(file.split("/")[:depth]) for file in files for depth in range(1, file.count("/") + 1)}
-    with pytest.raises(RequestError, match=f"looks like data for {task}[;,] (this task is not supported yet|not for)"):
+    with pytest.raises(RequestError, match=f"looks like data for {task}, not for classification"):
         read_layout(files, folders, where="x")
 
 

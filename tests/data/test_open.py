@@ -134,8 +134,8 @@ def test_unknown_names():
     assert caught.value.exit_code == 2 and "visionkd data list" in str(caught.value)
     with pytest.raises(RequestError, match="neither a directory, nor an archive, nor a known data set"):
         open_data("/no/such/place")
-    with pytest.raises(RequestError, match="'detection' is not supported yet"):
-        open_data("shapes", task="detection")
+    with pytest.raises(RequestError, match="'pose' is unknown"):
+        open_data("shapes", task="pose")
     with pytest.raises(RequestError, match="'cifar10' has no maps of classes"):
         open_data("cifar10", task="segmentation")
 

@@ -17,9 +17,10 @@ from tests.quantization.dense_nets import HEADS, SIZE, calibrated_dense, picture
 from visionkd.errors import WorkError
 from visionkd.export import gate, qdq
 from visionkd.export.accuracy import Masks
+from visionkd.export.differences import rms_difference
 from visionkd.export.onnx import export_onnx
 from visionkd.export.ranges import measure_ranges
-from visionkd.export.verify import Verification, rms_difference, verify_int8, verify_onnx
+from visionkd.export.verify import Verification, verify_int8, verify_onnx
 from visionkd.models.network import Network
 from visionkd.runtime.session import open_session
 

@@ -16,10 +16,11 @@ from tests.quantization.conftest import calibrated, images, tiny
 from visionkd.errors import DataError, WorkError
 from visionkd.export import onnx as export_module
 from visionkd.export import qdq
+from visionkd.export.differences import rms_difference
 from visionkd.export.int8_graph import signed_form
 from visionkd.export.onnx import export_onnx
 from visionkd.export.ranges import measure_ranges
-from visionkd.export.verify import rms_difference, verify_int8
+from visionkd.export.verify import verify_int8
 from visionkd.models.network import Network
 from visionkd.quantization.insert import activation_quantizers, float_network
 
@@ -31,6 +32,7 @@ def graph_of(network: Network) -> ir.Model:
 def run(model: ir.Model, image: np.ndarray, *, optimized_to: Path | None = None) -> np.ndarray:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
+    options.add_session_config_entry("session.x64quantprecision", "1")  # as visionkd.runtime.ort runs files
     if optimized_to is None:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     else:

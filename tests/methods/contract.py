@@ -49,6 +49,7 @@ class MethodContract:
     teacher_names: tuple[str, ...] = ("cifar_resnet8",)
     student_name = "cifar_resnet8"
     options: dict = {}
+    lr = 0.05
     #: Terms that are another thing when a label store stands for the teachers.
     differ_when_stored: tuple[str, ...] = ()
 
@@ -57,7 +58,7 @@ class MethodContract:
             student={"name": self.student_name},
             teachers=[{"name": name} for name in self.teacher_names],
             method=self.name,
-            optimizer={"name": "sgd", "lr": 0.05, "weight_decay": 0.0},
+            optimizer={"name": "sgd", "lr": self.lr, "weight_decay": 0.0},
             schedule={"name": "constant", "warmup_epochs": 0},
             training={"seed": 1, **training},
         )

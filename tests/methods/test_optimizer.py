@@ -26,6 +26,12 @@ def test_constant_stays_at_the_peak():
     assert [lr_factor(step, schedule=schedule, budget=BUDGET) for step in (0, 49)] == [1.0, 1.0]
 
 
+def test_poly_falls_as_a_power_of_what_is_left():
+    schedule = ScheduleConfig(name="poly", warmup_epochs=0, min_lr_ratio=0.1)
+    factors = [lr_factor(step, schedule=schedule, budget=BUDGET) for step in (0, 25, 50)]
+    assert factors == pytest.approx([1.0, 0.1 + 0.9 * 0.5**0.9, 0.1])
+
+
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_norms_and_biases_are_not_decayed_and_projectors_are_trained(name):
     config = TrainConfig(model={"name": "x"}, optimizer={"name": name, "lr": 0.1, "weight_decay": 0.3})

@@ -13,7 +13,7 @@ from visionkd.errors import DownloadError, RequestError
 from visionkd.hub.package import save_package
 from visionkd.models.factory import create_network
 from visionkd.models.text_encoder import ImageTextHead, TextSpec, Tokenizer
-from visionkd.teachers.encoders import TwoTowers, from_network, open_encoder
+from visionkd.teachers.encoders import TwoTowers, from_network, is_encoder, open_encoder, usual_templates
 
 WORDS = Tokenizer.words(["a red circle", "a blue star"])
 
@@ -165,3 +165,13 @@ def test_weights_that_cannot_be_fetched_are_told(open_clip, monkeypatch) -> None
     with pytest.raises(DownloadError, match="no route") as caught:
         open_encoder("open_clip:ViT-B-32-quickgelu/openai")
     assert "@FILE" in str(caught.value)
+
+
+def test_names_of_encoders_are_known_without_loading_them(package, tmp_path) -> None:
+    plain = create_network(NetworkConfig(name="cifar_resnet8", pretrained=False), num_classes=2, in_training=True)
+    save_package(plain.eval(), tmp_path / "plain", task="classification", classes=None, metrics={}, origin={})
+    known = {str(package): True, "open_clip:ViT-B-32/openai": True, str(tmp_path / "plain"): False, "resnet50": False,
+             "no/such/thing": False}  # fmt: skip
+    assert {name: is_encoder(name) for name in known} == known
+    assert usual_templates(str(package)) == ("a {}",) and len(usual_templates("open_clip:ViT-B-32/openai")) > 1
+    assert all("{}" in template for template in usual_templates("open_clip:x"))

@@ -84,5 +84,5 @@ def test_tasks_have_all_that_is_asked_of_them():
     wanted = {name for name in vars(_tasks.Work) if not name.startswith("_")} | set(_tasks.Work.__annotations__)
     for task in _tasks.TASKS:
         assert all(hasattr(work_of(task), name) for name in wanted)
-    with pytest.raises(_tasks.RequestError, match="detection"):
-        work_of("detection")
+    with pytest.raises(_tasks.RequestError, match="pose"):
+        work_of("pose")

@@ -10,11 +10,13 @@ import pytest
 import timm
 import torch
 from timm.models import get_pretrained_cfg
-from torchvision.models import get_model_weights
+from torchvision.models import get_model_builder, get_model_weights
 
 from visionkd.hub.card import Card
 from visionkd.hub.index import own_directory, read_card
 from visionkd.models.aliases import ALIASES
+from visionkd.models.detection.factory import _published_input
+from visionkd.models.detection.names import TORCHVISION
 
 ROOT = Path(__file__).resolve().parent
 CARDS = [read_card(file) for file in sorted((ROOT.parents[1] / "zoo").glob("*/*.yaml"))]
@@ -87,7 +89,9 @@ def test_there_are_enough_of_every_kind() -> None:
     assert len(UPSTREAM) >= 30
     names = " ".join(card.name for card in UPSTREAM)
     assert all(kind in names for kind in (".mae", "clip", "dinov2", "deit", "swin", "convnext", "mobilenet", "resnet"))
-    assert {card.task for card in UPSTREAM} >= {"classification", "segmentation"}
+    assert {card.task for card in UPSTREAM} >= {"classification", "segmentation", "detection"}
+    detectors = {card.architecture.name for card in FROM_TORCHVISION if card.task == "detection"}
+    assert detectors == set(TORCHVISION)
 
 
 @pytest.mark.parametrize("card", FROM_TIMM, ids=lambda card: card.name)
@@ -123,12 +127,22 @@ def test_a_torchvision_card_agrees_with_torchvision(card: Card) -> None:
     record = get_model_weights(name)[tag]
     preset, meta, spec = record.transforms(), record.meta, card.preprocessing
     ((_, stated),) = meta["_metrics"].items()
-    assert metrics(card) == {{"acc@1": "top1", "acc@5": "top5"}.get(key, key): value for key, value in stated.items()}
+    names = {"acc@1": "top1", "acc@5": "top5", "box_map": "ap"}
+    assert metrics(card) == {names.get(key, key): value for key, value in stated.items()}
     assert card.params_m == pytest.approx(meta["num_params"] / 1e6, abs=1e-4)
     assert card.macs_g == meta["_ops"]
-    assert card.num_classes == len(meta["categories"])
-    assert card.classes == ("imagenet1k" if card.num_classes == 1000 else tuple(meta["categories"]))
+    # detectors answer for the classes of COCO that have a name: neither the background nor what was never labelled
+    classes = [each for each in meta["categories"] if card.task != "detection" or each not in ("__background__", "N/A")]
+    assert card.num_classes == len(classes)
+    assert card.classes == ("imagenet1k" if card.num_classes == 1000 else tuple(classes))
     assert f"-{card.artifacts['weights'].sha256}.pth" in record.url
+    if card.task == "detection":
+        with torch.device("meta"):
+            preset = get_model_builder(name)(weights=None, weights_backbone=None).transform
+        assert (spec.mean, spec.std) == (tuple(preset.image_mean), tuple(preset.image_std))
+        assert spec.img_size == _published_input(name).img_size
+        assert (spec.interpolation, spec.crop_pct, card.licence) == ("bilinear", 1.0, "bsd-3-clause")
+        return
     assert (spec.mean, spec.std) == (tuple(preset.mean), tuple(preset.std))
     assert spec.interpolation == preset.interpolation.value
     if card.task == "classification":

@@ -26,7 +26,7 @@ from visionkd.workflows._callbacks import Checkpoints, Metrics
 from visionkd.workflows._rundir import RunDirectory, RunListener
 from visionkd.workflows._training import _quiet_lightning, _trainer
 
-_SAME_LOSS = {"32": 1e-3, "bf16": 5e-2}
+SAME_LOSS = {"32": 1e-3, "bf16": 5e-2}
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def measure(
         for contender in contenders
         if contender.name in steppers
     ]
-    _check_losses(results, tolerance=_SAME_LOSS[material.setting.precision])
+    _check_losses(results, tolerance=SAME_LOSS[material.setting.precision])
     return results, missing
 
 

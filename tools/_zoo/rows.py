@@ -11,7 +11,7 @@ from visionkd.hub.index import read_card
 from visionkd.workflows._zoo_rows import METRICS, ZooRow, main_measurement, ordered, rows_of
 
 #: How metrics are called.
-LABELS = {"top1": "top-1", "miou": "mIoU", "map50": "mAP 50"}
+LABELS = {"top1": "top-1", "miou": "mIoU", "ap": "AP"}
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def _macs(network: Network, img_size: tuple[int, int]) -> float:
 
 def _counted(network: Network, img_size: tuple[int, int], device: str) -> float:
     # frozen: the counter wants to hook what has a gradient, and finds none to hook in PiT
-    net = copy.deepcopy(network.net).float().to(device).eval().requires_grad_(False)
+    net = copy.deepcopy(network.core()).float().to(device).eval().requires_grad_(False)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(torch.zeros(1, network.in_chans, *img_size, device=device))
     # PyTorch counts a multiplication and an addition as two operations.

@@ -10,7 +10,10 @@ from typing import Any
 
 from visionkd.types import MetricRow
 
-_PERCENT = ("top1", "top5", "miou", "iou", "pixel_acc", "map", "map50", "accuracy", "agreement", "ece")
+_PERCENT = (
+    "top1", "top5", "miou", "iou", "pixel_acc", "ap", "ap50", "ap75", "ap50_base", "ap50_novel", "accuracy",
+    "agreement", "ece",
+)  # fmt: skip
 _TWO_DECIMALS = ("latency_ms", "size_mb", "params_m", "ms")
 
 

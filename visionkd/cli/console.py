@@ -188,9 +188,18 @@ def show_predictions(result: Any) -> None:
     for prediction in result.predictions:
         pairs = zip(prediction.labels, prediction.probs, strict=True)
         labels = ", ".join(f"{label} {100 * prob:.1f} %" for label, prob in pairs)
+        if prediction.boxes is not None:
+            labels = _boxes_text(prediction)
         saved = f" -> {prediction.saved}" if prediction.saved else ""
         saved += f", {prediction.saved_map}" if prediction.saved_map else ""
         write(f"{prediction.image}: {labels}{saved}")
+
+
+def _boxes_text(prediction: Any) -> str:
+    if not prediction.boxes:
+        return "no boxes"
+    rows = zip(prediction.labels, prediction.probs, prediction.boxes, strict=True)
+    return "; ".join(f"{label} {score:.2f} at {', '.join(f'{side:.0f}' for side in box)}" for label, score, box in rows)
 
 
 def show_check(report: Any) -> None:
@@ -215,7 +224,7 @@ def show_check(report: Any) -> None:
 def _finding(name: str, item: Any) -> str:
     if isinstance(item, str):
         return item
-    if name in ("unreadable", "wrong_maps"):
+    if name in ("unreadable", "wrong_maps", "wrong_boxes"):
         return ": ".join(map(str, item))
     if name == "tiny":
         return f"{item[0]}: {item[1]} x {item[2]}"

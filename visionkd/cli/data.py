@@ -41,8 +41,8 @@ def check(ctx: click.Context, as_json: bool, **request: Any) -> None:
     """Look for images and classes that would harm a training.
 
     Reports unreadable, truncated, duplicate, grey and tiny images, empty and one-image classes, files that are in more
-    than one split, and maps of classes that are none or have another size than their image. The exit code is 1 where
-    something is wrong.
+    than one split, maps of classes that are none or have another size than their image, and boxes without area, outside
+    of their image, or of images that are missing. The exit code is 1 where something is wrong.
     """
     from visionkd import workflows
 

@@ -49,7 +49,7 @@ def _limit(name: str, text: str) -> Any:
 @_limit("macs-g", "Most multiply-adds of an image in 10^9.")
 @_limit("size-mb", "Largest files in 10^6 bytes.")
 @_limit("latency-ms", "Slowest timing of one image; a card says what it was made with.")
-@option("--min", "least", multiple=True, metavar="METRIC=X", help="Smallest metric in percent: top1, miou, map50.")
+@option("--min", "least", multiple=True, metavar="METRIC=X", help="Smallest metric in percent: top1, miou, ap.")
 @option("--pulled", is_flag=True, help="Only what is in the cache.")
 @option("--forms", is_flag=True, help="A line for each form of a model, INT8 ones too.")
 @option("--sort", metavar="COLUMN", help="Column to sort by, the best first; by task, data and metric without it.")

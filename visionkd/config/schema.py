@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from visionkd.config.detection import DetectionConfig
 from visionkd.config.int8 import Int8RunConfig
 from visionkd.config.segmentation import SegmentationConfig
 
@@ -30,7 +31,7 @@ def _size(value: Any) -> Any:
     if value is None:
         return None
     if len(sides) not in (1, 2) or any(type(side) is not int or side < 1 for side in sides):
-        raise ValueError("takes a whole number from 1 up, or for segmentation two: height and width")
+        raise ValueError("takes a whole number from 1 up, or for pixels and boxes two: height and width")
     return sides[0] if len(sides) == 1 else tuple(sides)
 
 
@@ -73,12 +74,21 @@ class TeacherConfig(NetworkConfig):
 
 
 class ShapesConfig(Strict):
-    """The embedded data set: how many scenes, their size in pixels (None: the student's input), and their seed."""
+    """The embedded data set.
+
+    Attributes:
+        num_train: Scenes to train on.
+        num_val: Scenes to validate on.
+        size: Their side in pixels; None takes the student's input.
+        seed: Chooses them.
+        vocabulary: What boxes are called: by their ``shapes``, or by ``combinations`` of colour and shape.
+    """
 
     num_train: Positive = 2000
     num_val: Positive = 400
     size: Annotated[int, Field(ge=32, le=640)] | None = None
     seed: Annotated[int, Field(ge=0)] = 0
+    vocabulary: Literal["shapes", "combinations"] = "shapes"
 
 
 class DataConfig(Strict):
@@ -99,6 +109,8 @@ class DataConfig(Strict):
         unlabeled_per_class: Keep so many unlabelled images of each class, those that the teacher is surest of.
         near_duplicates: What to do with unlabelled images that show what a validation image or a labelled one shows.
         classes: Class names of maps, in the order of their values; None reads ``classes.txt``, or counts the values.
+            Of boxes the classes to keep, in this order; None keeps all.
+        novel: Classes whose boxes are left out of training and kept in validation, where they are measured apart.
         ignore: Values in maps that stand for no class, besides 255.
     """
 
@@ -114,7 +126,8 @@ class DataConfig(Strict):
     unlabeled: str | None = None
     unlabeled_per_class: Positive | None = None
     near_duplicates: Literal["remove", "keep"] = "remove"
-    classes: Annotated[tuple[str, ...], Field(min_length=2, max_length=254)] | None = None
+    classes: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    novel: tuple[str, ...] = ()
     ignore: tuple[Annotated[int, Field(ge=0, le=255)], ...] = ()
     shapes: ShapesConfig = ShapesConfig()
 
@@ -253,13 +266,15 @@ class ScheduleConfig(Strict):
 
     Attributes:
         milestones: Epochs after which ``step`` multiplies the rate by ``gamma``.
+        power: Exponent of the share of steps that are left, for ``poly``: 0.9 is usual in segmentation.
     """
 
-    name: Literal["cosine", "constant", "step"] = "cosine"
+    name: Literal["cosine", "constant", "step", "poly"] = "cosine"
     warmup_epochs: NonNegative = 1.0
     min_lr_ratio: Fraction = 0.0
     milestones: tuple[Positive, ...] = ()
     gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    power: Annotated[float, Field(gt=0.0, le=10.0)] = 0.9
 
     @model_validator(mode="after")
     def _milestones_for_step(self) -> ScheduleConfig:
@@ -386,6 +401,7 @@ class RunConfig(Strict):
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     segmentation: SegmentationConfig = SegmentationConfig()
+    detection: DetectionConfig = DetectionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig = TrainingConfig()

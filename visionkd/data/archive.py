@@ -25,6 +25,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from visionkd.data.boxes import BoxOptions
+from visionkd.data.detection import open_boxes
 from visionkd.data.folder import Names
 from visionkd.data.layout import UNLABELED, Labels, Opened, fingerprint, read_layout
 from visionkd.data.segmentation import DenseOptions, open_dense
@@ -143,14 +145,20 @@ def _unpack(content: bytes, method: int, size: int) -> bytes:
 
 
 def open_archive(
-    path: str | os.PathLike[str], *, labels: Labels = "required", dense: DenseOptions | None = None
+    path: str | os.PathLike[str],
+    *,
+    labels: Labels = "required",
+    dense: DenseOptions | None = None,
+    boxes: BoxOptions | None = None,
 ) -> Opened:
-    """Open a tar, compressed tar or zip of classes, of splits of classes, or of pictures with maps of classes.
+    """Open a tar, compressed tar or zip of classes, of splits of classes, or of pictures with maps of classes or
+    with boxes.
 
     Args:
         path: The archive.
         labels: What to do without class folders; see :func:`visionkd.data.layout.read_layout`.
         dense: What the settings say about maps; None takes none.
+        boxes: What the settings say about boxes; None takes none.
 
     Raises:
         DataError: If it is no archive, is damaged, or holds no usable images.
@@ -178,17 +186,19 @@ def open_archive(
     said = f"{left_out} members are left out: links, encrypted, oversized or named outside the archive."
     notes = (said,) if left_out else ()
     names = [member.name for member in members]
+
+    def make(indices: np.ndarray) -> ArchiveSource:
+        return ArchiveSource(where, [members[index] for index in indices], np.full(len(indices), UNLABELED))
+
+    stamps, opened = [(member.size, member.stamp) for member in members], None
     if dense is not None:
-
-        def make(indices: np.ndarray) -> ArchiveSource:
-            return ArchiveSource(where, [members[index] for index in indices], np.full(len(indices), UNLABELED))
-
-        stamps = [(member.size, member.stamp) for member in members]
         opened = open_dense(
             names, sorted(folders), where=os.fspath(path), name=name, make=make, stamps=stamps, options=dense
         )
-        if opened is not None:
-            return replace(opened, messages=(*opened.messages, *notes))
+    if opened is None and boxes is not None:
+        opened = open_boxes(names, where=os.fspath(path), name=name, make=make, stamps=stamps, options=boxes)
+    if opened is not None:
+        return replace(opened, messages=(*opened.messages, *notes))
     layout = read_layout(names, folders, where=os.fspath(path), labels=labels)
     sources, parts = {}, []
     for split, found in layout.splits.items():

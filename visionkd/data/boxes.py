@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,8 +11,10 @@ import numpy as np
 from PIL import Image
 
 from visionkd.data.layout import some
-from visionkd.data.shapes import CLASSES, Scene, ShapesSource
+from visionkd.data.shapes import CLASSES, COMBINATIONS, Scene, ShapesSource
+from visionkd.data.subset import SubsetSource
 from visionkd.errors import DataError
+from visionkd.types import Source
 
 _UNLABELED = -1
 #: Boxes that reach further outside of their picture than this, in pixels, are faults of the annotation.
@@ -181,10 +183,28 @@ class BoxSource:
 
 
 class ShapesBoxes(ShapesSource):
-    """The embedded scenes with a box around the visible part of each object."""
+    """The embedded scenes with a box around the visible part of each object.
+
+    Args:
+        seed: Chooses the data set.
+        num_samples: How many scenes.
+        size: Height and width in pixels.
+        first: Index of the first scene.
+        classes: Names of shapes, or of combinations of colour and shape, in index order; other objects have no box.
+    """
 
     boxed = True
     _last: tuple[int, Scene] | None = None
+
+    def __init__(
+        self, seed: int, num_samples: int, size: int, first: int = 0, *, classes: Sequence[str] = CLASSES
+    ) -> None:
+        super().__init__(seed, num_samples, size, first)
+        number = {name: index for index, name in enumerate(classes)}
+        rows = np.array([number.get(name, _UNLABELED) for name in COMBINATIONS]).reshape(-1, len(CLASSES))
+        kinds = np.array([number.get(name, _UNLABELED) for name in CLASSES])
+        #: Class of each colour and shape; -1 for none.
+        self._table = np.maximum(rows, kinds)
 
     @property
     def targets(self) -> np.ndarray:
@@ -199,12 +219,56 @@ class ShapesBoxes(ShapesSource):
 
     def target(self, index: int) -> dict[str, np.ndarray]:  # type: ignore[override]
         scene = self.scene(index)
-        crowd = np.zeros(len(scene.box_labels), dtype=bool)
-        return {"boxes": scene.boxes_xyxy, "labels": scene.box_labels, "crowd": crowd}
+        labels = self._table[scene.box_colours, scene.box_labels]
+        kept = labels != _UNLABELED
+        return {"boxes": scene.boxes_xyxy[kept], "labels": labels[kept], "crowd": np.zeros(kept.sum(), dtype=bool)}
 
 
-#: Names of the classes of the boxes of ``shapes``.
-BOX_CLASSES = CLASSES
+class NovelClasses:
+    """A source of boxes, some of whose classes are novel: hidden in training, and measured apart in validation.
+
+    Args:
+        source: Pictures with boxes.
+        novel: Indices of the novel classes.
+        hidden: Leave their boxes out. The pictures stay, so that they show objects that nobody has marked.
+    """
+
+    boxed = True
+
+    def __init__(self, source: Source, novel: Sequence[int], *, hidden: bool) -> None:
+        self.source = source
+        self.novel = tuple(int(label) for label in novel)
+        self.hidden = hidden
+
+    @property
+    def targets(self) -> np.ndarray:
+        """-1 for each picture: none has one class."""
+        return np.full(len(self), _UNLABELED, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def load(self, index: int) -> Any:
+        return self.source.load(index)
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def target(self, index: int) -> dict[str, np.ndarray]:
+        target = self.source.target(index)
+        if not self.hidden:
+            return target
+        kept = ~np.isin(target["labels"], self.novel)
+        return {name: values[kept] for name, values in target.items()}
+
+
+def novel_of(source: Source) -> tuple[int, ...]:
+    """Return the indices of the novel classes of a source of boxes."""
+    return tuple(getattr(source.base if isinstance(source, SubsetSource) else source, "novel", ()))
+
+
+#: Names of the classes of the boxes of ``shapes``, by what they are called after.
+BOX_CLASSES = {"shapes": CLASSES, "combinations": COMBINATIONS}
 
 
 def different_sizes(name: str, image: Sequence[int], written: Sequence[int]) -> DataError:
@@ -324,14 +388,3 @@ def _said(found: Found) -> list[str]:
     if any(found.faults.values()):
         said.append("'visionkd data check' lists the boxes that were left out or cut.")
     return said
-
-
-def box_counts(source: Any, num_classes: int) -> Mapping[str, np.ndarray]:
-    """Return per class how many boxes a source has and how many pictures show it, without decoding a picture."""
-    boxes, images = np.zeros(num_classes, dtype=np.int64), np.zeros(num_classes, dtype=np.int64)
-    for index in range(len(source)):
-        labels = source.target(index)["labels"]
-        count = np.bincount(labels, minlength=num_classes)
-        boxes += count
-        images += count > 0
-    return {"boxes": boxes, "images": images}

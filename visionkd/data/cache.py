@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visionkd.data.subset import has_maps
+from visionkd.data.subset import has_boxes, has_maps
 from visionkd.errors import DataError, UnreadableImageError
+from visionkd.runtime.box_metrics import BoxSet, box_set
 from visionkd.types import Source
 
 AUTO_LIMIT_BYTES = 1_000_000_000
@@ -21,23 +22,32 @@ _MIN_EPOCHS = 3
 _PROBES = 16
 _PART = 64
 _RESERVE = 1.1
+_NO_BOXES: dict[str, Any] = {"boxes": (), "labels": (), "crowd": ()}
 
 
 class CachedSource:
     """A source whose images lie decoded in one tensor that all loader processes share.
 
     ``load`` gives uint8 tensors 3 x H x W, which are views of the shared memory and must not be written to. Targets
-    that are maps lie behind their images, and are views as well.
+    that are maps lie behind their images, and are views as well. Boxes are asked for once.
     """
 
     def __init__(
-        self, source: Source, pixels: Tensor, offsets: np.ndarray, shapes: np.ndarray, *, maps: bool = False
+        self,
+        source: Source,
+        pixels: Tensor,
+        offsets: np.ndarray,
+        shapes: np.ndarray,
+        *,
+        maps: bool = False,
+        boxes: BoxSet | None = None,
     ) -> None:
         self.source = source
         self._pixels = pixels
         self._offsets = offsets
         self._shapes = shapes
         self._maps = maps
+        self._boxes = boxes
 
     def __len__(self) -> int:
         return len(self.source)
@@ -50,6 +60,9 @@ class CachedSource:
         return self._pixels[start : start + height * width * 3].view(height, width, 3).permute(2, 0, 1)
 
     def target(self, index: int) -> Any:
+        if self._boxes is not None:
+            own, boxes = self._boxes.of(index), self._boxes
+            return {"boxes": boxes.boxes[own], "labels": boxes.labels[own], "crowd": boxes.crowd[own]}
         if not self._maps:
             return self.source.target(index)
         height, width = self._shapes[index].tolist()
@@ -100,10 +113,11 @@ def build_cache(
     pixels = torch.empty(expected, dtype=torch.uint8)
     offsets, shapes = np.zeros(count, dtype=np.int64), np.zeros((count, 2), dtype=np.int32)
 
-    maps = has_maps(source)
+    maps, boxed = has_maps(source), has_boxes(source)
+    targets: list[Any] = []
 
-    def decode(indices: range) -> list[tuple[tuple[int, ...], np.ndarray] | None]:
-        return [_decode(source, index, maps) for index in indices]
+    def decode(indices: range) -> list[tuple[tuple[int, ...], np.ndarray, Any] | None]:
+        return [_decode(source, index, maps, boxed) for index in indices]
 
     used = 0
     workers = len(_affinity())
@@ -113,9 +127,10 @@ def build_cache(
             stop = min(start + _PART * workers, count)
             parts = [range(first, min(first + _PART, stop)) for first in range(start, stop, _PART)]
             for index, found in zip(range(start, stop), itertools.chain(*pool.map(decode, parts)), strict=True):
+                targets.append(_NO_BOXES if found is None else found[2])
                 if found is None:
                     continue
-                shape, array = found
+                shape, array, _ = found
                 if used + array.size > len(pixels):
                     if limit_bytes is not None and used + array.size > limit_bytes * _RESERVE:
                         return None
@@ -127,7 +142,8 @@ def build_cache(
                 used += array.size
             if progress is not None:
                 progress(stop, count)
-    return CachedSource(source, pixels[:used], offsets, shapes, maps=maps)
+    boxes = box_set(targets) if boxed else None
+    return CachedSource(source, pixels[:used], offsets, shapes, maps=maps, boxes=boxes)
 
 
 def cached(
@@ -151,18 +167,20 @@ def cached(
     return build_cache(source, limit_bytes=AUTO_LIMIT_BYTES, progress=progress) or source
 
 
-def _decode(source: Source, index: int, maps: bool) -> tuple[tuple[int, ...], np.ndarray] | None:
-    """Return height and width of an image, and its pixels in a row, with those of its map behind them."""
+def _decode(
+    source: Source, index: int, maps: bool, boxed: bool
+) -> tuple[tuple[int, ...], np.ndarray, Any] | None:
+    """Return height and width of an image, its pixels in a row, with those of its map behind them, and its boxes."""
     try:
         image = np.asarray(source.load(index))
         if not maps:
-            return image.shape[:2], image.reshape(-1)
+            return image.shape[:2], image.reshape(-1), source.target(index) if boxed else None
         target = source.target(index)
     except UnreadableImageError:
         return None
     if target.shape != image.shape[:2]:
         raise different_sizes(source.name(index), image.shape[:2], target.shape)
-    return image.shape[:2], np.concatenate([image.reshape(-1), target.reshape(-1)])
+    return image.shape[:2], np.concatenate([image.reshape(-1), target.reshape(-1)]), None
 
 
 def different_sizes(name: str, image: Sequence[int], target: Sequence[int]) -> DataError:

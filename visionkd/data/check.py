@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
+from visionkd.data.check_boxes import BoxLook, box_findings, faults_of, look_at_boxes, size_fault
 from visionkd.data.check_maps import MapLook, class_findings, look_at_map
-from visionkd.data.subset import SubsetSource, has_maps, targets_of
+from visionkd.data.subset import SubsetSource, has_boxes, has_maps, targets_of
 from visionkd.errors import UnreadableImageError
 from visionkd.runtime.images import TruncatedImageError, decode_rgb
 from visionkd.types import DataSet, Source
@@ -41,6 +42,9 @@ class CheckReport:
         wrong_maps: Maps of classes that are none, or that do not have the size of their image, with the reason; None
             where targets are no maps.
         pixels_percent: Share of each class in the labelled pixels, and that of pixels without a label; as above.
+        wrong_boxes: Boxes that were left out or cut, and images of another size than their boxes were drawn on, with
+            the reason; None where targets are no boxes.
+        boxes: How many boxes each class has, and how many images have none; as above.
     """
 
     name: str
@@ -56,6 +60,8 @@ class CheckReport:
     one_image_classes: tuple[str, ...] = ()
     wrong_maps: tuple[tuple[str, str], ...] | None = None
     pixels_percent: Mapping[str, float] | None = None
+    wrong_boxes: tuple[tuple[str, str], ...] | None = None
+    boxes: Mapping[str, int] | None = None
 
     @property
     def problems(self) -> bool:
@@ -70,12 +76,14 @@ class CheckReport:
                 self.empty_classes,
                 self.one_image_classes,
                 self.wrong_maps,
+                self.wrong_boxes,
             )
         )
 
     def counts(self) -> dict[str, int]:
         """Return how many entries each list has, by name."""
-        lists = (name for name in self.__dataclass_fields__ if name not in ("name", "num_images", "pixels_percent"))
+        others = ("name", "num_images", "pixels_percent", "boxes")
+        lists = (name for name in self.__dataclass_fields__ if name not in others)
         return {name: len(getattr(self, name)) for name in lists if getattr(self, name) is not None}
 
 
@@ -89,6 +97,7 @@ class _Look:
     grey: bool = False
     size: tuple[int, int] = (0, 0)
     map: MapLook | None = None
+    boxes: BoxLook | None = None
 
 
 def check_data(dataset: DataSet, progress: Callable[[int, int], None] | None = None) -> CheckReport:
@@ -101,6 +110,7 @@ def check_data(dataset: DataSet, progress: Callable[[int, int], None] | None = N
     splits = _distinct(dataset.splits)
     looks = _look_at_all(splits, progress)
     unreadable, truncated, grey, tiny, wrong_maps = [], [], [], [], []
+    wrong_boxes = faults_of(splits)
     groups: dict[bytes, list[tuple[str, int | bytes | None, str]]] = defaultdict(list)
     for split, source in splits.items():
         targets = targets_of(source)
@@ -123,6 +133,11 @@ def check_data(dataset: DataSet, progress: Callable[[int, int], None] | None = N
                 elif look.reason is None and look.map.size != look.size:
                     sizes = [f"{width} x {height}" for width, height in (look.map.size, look.size)]
                     wrong_maps.append((name, f"the map has {sizes[0]} pixels, the image {sizes[1]}"))
+            if look.boxes is not None:
+                label = look.boxes.digest
+                fault = size_fault(look.boxes, look.size, source.name(index)) if look.reason is None else None
+                if fault is not None:
+                    wrong_boxes.append((name, fault))
             if look.digest is not None:
                 groups[look.digest].append((split, label, name))
     duplicates, conflicting, leakage = [], [], []
@@ -139,9 +154,12 @@ def check_data(dataset: DataSet, progress: Callable[[int, int], None] | None = N
         if not several_splits and not several_classes:
             duplicates.append(names)
     maps = {split: [look.map for look in found if look.map is not None] for split, found in looks.items()}
-    shares = None
+    shares = boxes = None
     if dataset.task == "segmentation":
         empty, single, shares = class_findings(dataset.classes, maps)
+    elif dataset.task == "detection":
+        found = {split: [look.boxes for look in each if look.boxes is not None] for split, each in looks.items()}
+        empty, single, boxes = box_findings(dataset.classes, found)
     else:
         empty, single = _class_problems(dataset.classes, splits)
     return CheckReport(
@@ -158,6 +176,8 @@ def check_data(dataset: DataSet, progress: Callable[[int, int], None] | None = N
         one_image_classes=single,
         wrong_maps=None if shares is None else tuple(wrong_maps),
         pixels_percent=shares,
+        wrong_boxes=None if boxes is None else tuple(wrong_boxes),
+        boxes=boxes,
     )
 
 
@@ -199,6 +219,8 @@ def _look(source: Source, index: int) -> _Look:
     if isinstance(source, SubsetSource):
         return _look(source.base, int(source.indices[index]))
     look = _look_at_image(source, index)
+    if has_boxes(source):
+        return replace(look, boxes=look_at_boxes(source, index))
     return replace(look, map=look_at_map(source, index)) if has_maps(source) else look
 
 

@@ -68,7 +68,8 @@ def read_coco(files: Sequence[str], *, where: str, read: Callable[[int], bytes],
         if split == "test" and not table["annotations"] and len(named) > 1:
             found.messages.append(f"'{name}' has no boxes, and {split} is left out.")
             continue
-        found.splits[split] = _records(found, split, table, name, files, images, numbers, where)
+        others = set(named) - {split, "all"}
+        found.splits[split] = _records(found, split, table, name, files, images, numbers, where, others)
     return found
 
 
@@ -143,8 +144,9 @@ def _records(
     images: Sequence[int],
     numbers: Mapping[Any, int],
     where: str,
+    others: set[str],
 ) -> list[Record]:
-    places = _places([str(row.get("file_name", "")) for row in table["images"]], file, files, images)
+    places = _places([str(row.get("file_name", "")) for row in table["images"]], file, files, images, others)
     records: dict[Any, Record] = {}
     missing: dict[Any, str] = {}
     for row in table["images"]:
@@ -193,8 +195,13 @@ def _corners(box: Any) -> tuple[float, float, float, float] | None:
     return left, top, left + width, top + height
 
 
-def _places(names: Sequence[str], file: str, files: Sequence[str], images: Sequence[int]) -> dict[str, int]:
-    """Return the position of each picture that a file of annotations names, in the folder that has most of them."""
+def _places(
+    names: Sequence[str], file: str, files: Sequence[str], images: Sequence[int], others: set[str]
+) -> dict[str, int]:
+    """Return the position of each picture that a file of annotations names, in the folder that has most of them.
+
+    Folders of ``others``, splits that have files of their own, are none of them.
+    """
     positions = {files[index]: index for index in images}
     folders = {posixpath.dirname(file), ""}
     for name in positions:
@@ -207,7 +214,8 @@ def _places(names: Sequence[str], file: str, files: Sequence[str], images: Seque
         hits = sum(posixpath.join(folder, name) in positions for name in probes)
         return hits, _split_of(f"{folder}/x") == split, folder == posixpath.dirname(file), -len(folder)
 
-    best = max(sorted(folders), key=fit)
+    # splits often have the same names: an image that is missing here is not the one of that name there
+    best = max(sorted(each for each in folders if _split_of(f"{each}/x") not in others), key=fit)
     found = {}
     for name in names:
         index = positions.get(posixpath.normpath(posixpath.join(best, name.lstrip("./"))))

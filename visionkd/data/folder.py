@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from visionkd.data.boxes import BoxOptions
+from visionkd.data.detection import open_boxes
 from visionkd.data.layout import UNLABELED, Labels, Opened, fingerprint, read_layout
 from visionkd.data.segmentation import DenseOptions, open_dense
 from visionkd.errors import DataError, UnreadableImageError
@@ -83,14 +85,19 @@ class FolderSource:
 
 
 def open_folder(
-    path: str | os.PathLike[str], *, labels: Labels = "required", dense: DenseOptions | None = None
+    path: str | os.PathLike[str],
+    *,
+    labels: Labels = "required",
+    dense: DenseOptions | None = None,
+    boxes: BoxOptions | None = None,
 ) -> Opened:
-    """Open a directory of classes, of splits of classes, or of pictures with maps of classes.
+    """Open a directory of classes, of splits of classes, or of pictures with maps of classes or with boxes.
 
     Args:
         path: The directory.
         labels: What to do without class folders; see :func:`visionkd.data.layout.read_layout`.
         dense: What the settings say about maps; None takes none.
+        boxes: What the settings say about boxes; None takes none.
 
     Raises:
         DataError: If it holds no usable images, or cannot be listed.
@@ -111,14 +118,17 @@ def open_folder(
             hint="Check the permissions of the folder and of those above it.",
         ) from error
     name = os.path.basename(os.path.abspath(where))
+
+    def make(indices: np.ndarray) -> FolderSource:
+        return FolderSource(where, [files[index] for index in indices], np.full(len(indices), UNLABELED))
+
+    opened = None
     if dense is not None:
-
-        def make(indices: np.ndarray) -> FolderSource:
-            return FolderSource(where, [files[index] for index in indices], np.full(len(indices), UNLABELED))
-
         opened = open_dense(files, folders, where=where, name=name, make=make, stamps=sizes, options=dense)
-        if opened is not None:
-            return opened
+    if opened is None and boxes is not None:
+        opened = open_boxes(files, where=where, name=name, make=make, stamps=sizes, options=boxes)
+    if opened is not None:
+        return opened
     layout = read_layout(files, folders, where=where, labels=labels)
     sources = {}
     parts = []

@@ -266,8 +266,9 @@ def _refuse_other_tasks(paths: list[list[str]], dirs: list[list[str]], where: st
         )
     if task:
         raise RequestError(
-            f"'{where}' looks like data for {task}; this task is not supported yet by this version",
-            hint=f"This version does classification and segmentation. {_EXPECTED}.",
+            f"'{where}' looks like data for detection, not for classification",
+            hint="Boxes are read from COCO JSON and VOC XML, where --task does not say classification; text files of"
+            f" boxes are not read. For classification: {_EXPECTED.lower()}.",
         )
 
 

@@ -28,6 +28,9 @@ _SMALL_BATCH_BYTES = 4_000_000
 _ERROR = "error"
 # How maps of different sizes travel: their pixels in a row, and height and width of each.
 _MAPS, _SIZES = "maps", "map_sizes"
+# How boxes travel: those of all images in one tensor of each kind, and how many each image has.
+_BOXES, _COUNTS = "boxes", "box_counts"
+_BOX_KEYS = ("boxes", "labels", "crowd")
 
 
 def default_workers(world_size: int = 1) -> int:
@@ -73,13 +76,24 @@ class _Batches(Dataset):
         return {"target": torch.tensor(targets, dtype=torch.int64)}
 
     def _view(self, index: int, image: Any, target: Any) -> tuple[Tensor, Any]:
-        """Transform a sample, together with its target where that is a map."""
+        """Transform a sample, together with its target where that is a map or boxes."""
+        if getattr(self.transform, "boxed", False):
+            return self.transform(image, target)
         if not getattr(self.transform, "joint", False):
             return self.transform(image), target
         size = (image.height, image.width) if hasattr(image, "height") else tuple(image.shape[1:])
         if size != tuple(target.shape):
             raise different_sizes(self.source.name(index), size, tuple(target.shape))
         return self.transform(image, target)
+
+
+def _flat_boxes(targets: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+    """Return targets that are boxes as a few tensors: each one that a loader process sends holds a file open."""
+    if not targets:
+        return {_BOXES: {}, _COUNTS: torch.zeros(0, dtype=torch.int64)}
+    flat = {name: torch.cat([target[name] for target in targets]) for name in _BOX_KEYS}
+    rest = {name: torch.stack([target[name] for target in targets]) for name in targets[0] if name not in _BOX_KEYS}
+    return {_BOXES: flat, _COUNTS: torch.tensor([len(target["labels"]) for target in targets]), **rest}
 
 
 def _empty(shape: Sequence[int]) -> Tensor:
@@ -117,6 +131,8 @@ class _TrainBatches(_Batches):
         return self._collate(images, targets, index=indices, view=views, unreadable=unreadable)
 
     def _targets(self, targets: list[Any]) -> dict[str, Tensor]:
+        if getattr(self.transform, "boxed", False):
+            return _flat_boxes(targets)
         if not getattr(self.transform, "joint", False):
             return super()._targets(targets)
         return {"target": torch.stack(targets, out=_empty((len(targets), *targets[0].shape)))}
@@ -158,6 +174,8 @@ class _EvalBatches(_Batches):
         return batch | {"unreadable": torch.tensor(skipped, dtype=torch.int64)}
 
     def _targets(self, targets: list[Any]) -> dict[str, Tensor]:
+        if getattr(self.transform, "boxed", False):
+            return _flat_boxes(targets)
         if not getattr(self.transform, "joint", False):
             return super()._targets(targets)
         # One tensor for all maps, whatever their sizes: each tensor that a loader process sends holds a file open.
@@ -177,7 +195,7 @@ def _start_worker(_: int) -> None:
 
 
 class _Received:
-    """Raises errors that loader processes sent, and takes maps of different sizes apart again."""
+    """Raises errors that loader processes sent, and takes maps of different sizes, and boxes, apart again."""
 
     def __init__(self, batches: Iterator[dict[str, Any]]) -> None:
         self._batches = batches
@@ -193,6 +211,13 @@ class _Received:
             sizes = batch.pop(_SIZES).tolist()
             parts = batch.pop(_MAPS).split([height * width for height, width in sizes]) if sizes else ()
             batch["target"] = [part.view(*size) for part, size in zip(parts, sizes, strict=True)]
+        if _BOXES in batch:
+            counts = batch.pop(_COUNTS).tolist()
+            flat = {name: values.split(counts) for name, values in batch.pop(_BOXES).items()}
+            batch["target"] = [{name: flat[name][place] for name in flat} for place in range(len(counts))]
+            for name in ("scale", "size"):  # what brings the boxes that are found back to the picture
+                for target, value in zip(batch["target"], batch.get(name, ()), strict=False):
+                    target[name] = value
         return batch
 
 
@@ -234,7 +259,8 @@ class TrainLoader(_Loader):
 
     Batches hold ``image`` (uint8, B x 3 x H x W), ``target``, ``index``, ``view`` and ``unreadable`` (the index of the
     sample whose place was taken by another, else -1); all but the first int64, B. Targets that are maps are uint8,
-    B x H x W.
+    B x H x W. Targets that are boxes come as a list of ``boxes``, ``labels`` and ``crowd`` for each view, with
+    ``geometry``, B x 4; see :class:`visionkd.data.detection_transforms.BoxTrainTransform`.
     """
 
     batch_sampler: PositionedSampler
@@ -271,7 +297,9 @@ class TrainLoader(_Loader):
 class EvalLoader(_Loader):
     """Batches hold ``image``, ``target``, ``index`` of readable samples; ``unreadable`` lists the indices left out.
 
-    Targets that are maps come as a list of uint8 tensors, each at the size of its picture.
+    Targets that are maps come as a list of uint8 tensors, each at the size of its picture; those that are boxes as a
+    list of ``boxes``, ``labels`` and ``crowd`` in pixels of the picture, with its ``scale`` and ``size``, which the
+    batch has too; see :class:`visionkd.data.detection_transforms.BoxEvalTransform`.
     """
 
 

@@ -31,6 +31,8 @@ COLOURS = {
     "white": (225, 225, 220),
     "black": (40, 40, 45),
 }
+#: Names of a colour and a shape together, the shapes of a colour one after the other.
+COMBINATIONS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in CLASSES)
 TEXTURES = ("shaded", "striped", "cloudy", "checked")
 _NAMES = tuple(COLOURS)
 _RGB = np.array(list(COLOURS.values()), dtype=np.float32)
@@ -52,6 +54,7 @@ class Scene:
         mask: size x size of uint8; 0 is background, 1 + class index elsewhere.
         boxes_xyxy: N x 4 of float32, in pixels, around the visible part of each object, the largest object first.
         box_labels: N of int64, class indices.
+        box_colours: N of int64, indices in ``COLOURS`` by order.
         caption: One English sentence without a full stop.
     """
 
@@ -60,6 +63,7 @@ class Scene:
     mask: np.ndarray
     boxes_xyxy: np.ndarray
     box_labels: np.ndarray
+    box_colours: np.ndarray
     caption: str
 
 
@@ -173,6 +177,7 @@ class _Canvas:
             mask=np.array([0] + [kind + 1 for kind in self.kinds], dtype=np.uint8)[self.owner],
             boxes_xyxy=boxes,
             box_labels=np.array(self.kinds, dtype=np.int64),
+            box_colours=np.array([_NAMES.index(name) for name in self.colours], dtype=np.int64),
             caption=caption,
         )
 

@@ -45,6 +45,13 @@ def has_maps(source: Source) -> bool:
     return bool(getattr(source, "maps", False))
 
 
+def has_boxes(source: Source) -> bool:
+    """Whether the targets of a source are boxes."""
+    if isinstance(source, SubsetSource):
+        source = source.base
+    return bool(getattr(source, "boxed", False))
+
+
 def targets_of(source: Source) -> np.ndarray:
     """Return the class index of every sample, N of int64, without decoding any image; -1 where a map has many."""
     if isinstance(source, SubsetSource):

@@ -5,12 +5,14 @@ numpy only: a device without torch compares its engine with the ONNX file by thi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from visionkd.runtime.box_metrics import average_precision, box_set
+from visionkd.runtime.boxes import BoxRule, FoundBoxes, choose_boxes
 from visionkd.runtime.metrics import pixel_confusion, resize_maps, segmentation_metrics, top_k_accuracy
 from visionkd.types import IGNORE
 
@@ -19,7 +21,7 @@ class Tally(Protocol):
     """Collects answers in the order of the images."""
 
     def add(self, logits: np.ndarray) -> None:
-        """Take the logits of the next images: N x C, or N x C x h x w."""
+        """Take what is said of the next images: logits N x C or N x C x h x w, or candidates N x M x (4 + K)."""
 
     def percent(self) -> float:
         """Return the accuracy of all that was taken."""
@@ -68,6 +70,30 @@ class Masks:
         return _Overlaps(self.maps, self.num_classes)
 
 
+@dataclass(frozen=True)
+class Boxes:
+    """The boxes of each image: COCO's AP.
+
+    Attributes:
+        targets: ``boxes``, ``labels`` and ``crowd`` of each image, in its own pixels.
+        views: Pixels of the letterboxed view for one of the image, and height and width of the image.
+        rule: How boxes are chosen among candidates.
+        columns: Output of each class; None where they are the same.
+        num_classes: Classes of the targets.
+    """
+
+    targets: Sequence[Mapping[str, np.ndarray]]
+    views: Sequence[tuple[float, tuple[int, int]]]
+    rule: BoxRule
+    columns: Sequence[int] | None
+    num_classes: int
+    metric: ClassVar[str] = "ap"
+    title: ClassVar[str] = "AP"
+
+    def tally(self) -> Tally:
+        return _Found(self)
+
+
 def score(truth: Truth, batches: Iterable[np.ndarray]) -> float:
     """Return the accuracy in percent of logits that come in batches."""
     tally = truth.tally()
@@ -98,6 +124,29 @@ def _renamed(target: np.ndarray, columns: Sequence[int] | None) -> np.ndarray:
     return table[target]
 
 
+def boxes_truth(
+    targets: Sequence[Mapping[str, Any]],
+    views: Sequence[tuple[float, tuple[int, int]]],
+    *,
+    rule: BoxRule,
+    columns: Sequence[int] | None,
+    num_classes: int,
+) -> Boxes | None:
+    """Return the right answers about images with boxes; None where no image has any.
+
+    Args:
+        targets: ``boxes``, ``labels`` and ``crowd`` of each image.
+        views: As in :class:`Boxes`.
+        rule: How boxes are chosen among candidates.
+        columns: Output of each class; None where they are the same.
+        num_classes: Outputs of the network.
+    """
+    arrays = [{name: np.asarray(target[name]) for name in ("boxes", "labels", "crowd")} for target in targets]
+    if not any((~target["crowd"].astype(bool)).any() for target in arrays):
+        return None
+    return Boxes(arrays, views, rule, columns, num_classes if columns is None else len(columns))
+
+
 class _Hits:
     def __init__(self, targets: np.ndarray) -> None:
         self.targets, self.logits = targets, []
@@ -125,3 +174,21 @@ class _Overlaps:
         if self.done != len(self.maps):
             raise ValueError(f"{self.done} answers for {len(self.maps)} maps")
         return segmentation_metrics(self.counts)["miou"]
+
+
+class _Found:
+    def __init__(self, truth: Boxes) -> None:
+        self.truth = truth
+        self.found: list[FoundBoxes] = []
+
+    def add(self, logits: np.ndarray) -> None:
+        for values in logits:
+            found = choose_boxes(values[:, :4], values[:, 4:], self.truth.rule, self.truth.columns)
+            self.found.append(found.on_picture(*self.truth.views[len(self.found)]))
+
+    def percent(self) -> float:
+        truth = self.truth
+        if len(self.found) != len(truth.targets):
+            raise ValueError(f"{len(self.found)} answers for {len(truth.targets)} images with boxes")
+        given = box_set([{"boxes": each.boxes, "labels": each.labels, "scores": each.scores} for each in self.found])
+        return average_precision(given, box_set(list(truth.targets)), num_classes=truth.num_classes).metrics()["ap"]

@@ -116,18 +116,35 @@ def _texts(found: OnnxFile, kinds: set[str]) -> dict[str, str]:
 
 
 def _preprocessing(found: OnnxFile) -> dict[str, Any]:
-    dense = found.metadata["task"] == "segmentation"
-    views = ["resize the shorter side to floor(img_size / crop_pct), antialiased", "cut out the centre"]
-    answers = {"output": "resize the logits bilinearly to the image's own size, then take the largest of each pixel"}
+    task = found.metadata["task"]
+    views = {
+        "classification": ["resize the shorter side to floor(img_size / crop_pct), antialiased", "cut out the centre"],
+        "segmentation": ["resize the whole image to img_size, antialiased"],
+        "detection": [
+            "resize the whole image, antialiased, so that it just fits img_size at its own proportions",
+            "put it at the upper left of img_size; the rest has the colour 255 * mean",
+        ],
+    }
+    answers: dict[str, Any] = {
+        "segmentation": {
+            "output": "resize the logits bilinearly to the image's own size, then take the largest of each pixel"
+        },
+        "detection": {
+            "output": "keep scores above score_threshold, of each level or class the 'candidates' highest; of boxes of"
+            " one class that overlap more than nms_threshold the highest score; at most max_detections; then divide by"
+            " the scale of the resizing",
+            "boxes": json.loads(found.metadata.get("boxes", "{}")),
+        },
+    }
     return {
         "input": json.loads(found.metadata["input"]),
         "steps": [
             "decode as RGB, with the orientation of the file applied",
-            *(["resize the whole image to img_size, antialiased"] if dense else views),
+            *views[task],
             "divide by 255: float32 N x 3 x H x W in [0, 1]",
         ],
         "normalization": "part of the model: mean and std are not to be applied again",
-        **(answers if dense else {}),
+        **answers.get(task, {}),
     }
 
 

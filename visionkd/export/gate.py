@@ -7,15 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from visionkd.errors import WorkError
 from visionkd.export.accuracy import Truth, score
-from visionkd.export.onnx import file_logits, unit
+from visionkd.export.answers import answers, divergence, in_file_form
+from visionkd.export.onnx import unit
 from visionkd.models.modes import evaluating
 from visionkd.models.network import Network
 from visionkd.quantization.insert import activation_quantizers, int8_layers, leave_float, set_mode
-from visionkd.types import Output
 
 #: Largest loss of accuracy against the float twin, in points.
 MAX_DROP = 1.0
@@ -35,8 +34,7 @@ class LayerSensitivity:
 
     Attributes:
         name: The layer.
-        divergence: Mean KL divergence of the network's probabilities from the reference's over images, or over pixels,
-            in nats.
+        divergence: As :func:`visionkd.export.answers.divergence` measures it.
     """
 
     name: str
@@ -48,19 +46,20 @@ def logits_of(network: Network, images: Tensor) -> Tensor:
     """Return the logits for ``images``, N x 3 x H x W uint8 or in [0, 1], in eval mode.
 
     Returns:
-        N x C; for segmentation N x C x h x w at the network's own stride, which is what fits into memory.
+        N x C; for segmentation N x C x h x w at the network's own stride, which is what fits into memory; of a detector
+        its candidates, N x M x (4 + C).
     """
     device = next(network.net.parameters()).device
     size = _BATCH if network.task == "classification" else _DENSE_BATCH
     with evaluating(network):
-        return torch.cat([network(unit(batch).to(device)).logits.float().cpu() for batch in images.split(size)])
+        return torch.cat([answers(network, unit(batch).to(device)).float().cpu() for batch in images.split(size)])
 
 
 @torch.inference_mode()
 def accuracy(network: Network, logits: Tensor, truth: Truth) -> float:
     """Return the accuracy in percent of logits from :func:`logits_of`, brought into the form that a file gives."""
     batches = logits.split(_BATCH if logits.ndim == 2 else _DENSE_BATCH)
-    return score(truth, (file_logits(network, Output(logits=batch)).numpy() for batch in batches))
+    return score(truth, (in_file_form(network, batch).numpy() for batch in batches))
 
 
 @torch.inference_mode()
@@ -86,15 +85,12 @@ def sensitivity(
     found = []
     try:
         set_mode(network, "off")
-        target = F.log_softmax(logits_of(network, images) if reference is None else reference.float().cpu(), 1)
-        classes = target.shape[1]
+        target = logits_of(network, images) if reference is None else reference.float().cpu()
         for done, (name, layer) in enumerate(layers.items(), 1):
             layer.weight_quantizer.enabled = True
             for used in inputs.get(name, ()):
                 quantizers[used].mode = "quantize"
-            probs = F.log_softmax(logits_of(network, images), 1)
-            divergence = float(F.kl_div(probs, target, reduction="sum", log_target=True)) / (probs.numel() / classes)
-            found.append(LayerSensitivity(name, max(divergence, 0.0)))
+            found.append(LayerSensitivity(name, divergence(network, logits_of(network, images), target)))
             layer.weight_quantizer.enabled = False
             for used in inputs.get(name, ()):
                 quantizers[used].mode = "off"

@@ -27,7 +27,6 @@ from visionkd.models.weights import weights_sha256
 from visionkd.types import Output, TaskName
 
 INPUT_NAME = "image"
-OUTPUT_NAME = "logits"
 _NOISY = ("torch.onnx", "torch.export", "torch._dynamo", "torch.fx", "onnxscript", "onnx_ir", "onnx")
 _SINGLE_FILE_BYTES = 2 * 1000**3  # protobuf ends at 2 GiB, and the graph needs room beside the weights
 
@@ -60,6 +59,19 @@ class _Logits(nn.Module):
         return file_logits(self.network, self.network(image))
 
 
+class _Candidates(nn.Module):
+    """The graph to export of a detector: images in [0, 1] to all boxes and their scores."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("anchors", torch.cat(network.anchors()))
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        boxes, scores = self.network.candidates(image, self.anchors)
+        return boxes, scores
+
+
 def export_onnx(
     network: Network,
     path: str | os.PathLike[str],
@@ -78,6 +90,10 @@ def export_onnx(
     N x C, or N x C x H x W for segmentation; N is free. Normalisation is part of the graph. The network itself is left
     as it is. A network quantised to INT8 becomes a signed Q/DQ graph, for ``qdq.to_target`` to rewrite.
 
+    A detector has two outputs, all its candidates: ``boxes``, N x M x 4 (left, top, right, bottom in pixels of the
+    input), and ``scores``, N x M x C from 0 to 1. Thresholds and the suppression of boxes that cover one another are
+    not part of the graph: :func:`visionkd.runtime.boxes.choose_boxes` applies them, as the file's metadata says.
+
     Args:
         network: What to export.
         path: File to write; it appears complete or not at all.
@@ -91,12 +107,15 @@ def export_onnx(
 
     Raises:
         RequestError: If the exporter does not write ``opset``.
-        WorkError: If the network cannot be expressed in ONNX, or is too large for one file.
+        WorkError: If the network cannot be expressed in ONNX, as a detector of two stages, or is too large for a file.
     """
     path = Path(path)
+    if network.task == "detection" and network.two_stage:
+        raise network.no_candidates()
     classes = network.classes if classes is None else tuple(classes)
     if classes is not None and len(classes) != network.num_classes:
         raise ValueError(f"{len(classes)} class names for {network.num_classes} outputs")
+    rule = network.rule() if network.task == "detection" else None  # before: the signed form cannot be run
     copied = signed_form(network) if is_int8(network) else portable(network)
     size = sum(value.numel() * value.element_size() for value in copied.state_dict().values())
     if size > _SINGLE_FILE_BYTES:
@@ -114,6 +133,7 @@ def export_onnx(
         "metrics": json.dumps(dict(metrics)),
         "weights_sha256": weights_sha256(network.net),
         "complexity": json.dumps(asdict(measure_complexity(network))),
+        **({} if rule is None else {"boxes": json.dumps(rule.to_dict())}),
         **(extra_metadata or {}),
     }
     program = _export(copied, network.architecture, opset)
@@ -141,7 +161,10 @@ def export_onnx(
 
 
 def file_logits(network: Network, output: Output) -> Tensor:
-    """Return logits as an exported file gives them: N x C, or maps at the size of the input, N x C x H x W."""
+    """Return logits as an exported file gives them: N x C, or maps at the size of the input, N x C x H x W.
+
+    A detector's are what :func:`visionkd.export.answers.answers` gives.
+    """
     return network.at_input_size(output) if network.task == "segmentation" else output.logits
 
 
@@ -179,13 +202,14 @@ def _export(network: Network, name: str, opset: int | None) -> Any:
 
 
 def _trace(network: Network, example: Tensor, opset: int | None) -> Any:
+    boxes = network.task == "detection"
     with _silence(), torch.no_grad():
         return torch.onnx.export(
-            _Logits(network),
+            _Candidates(network) if boxes else _Logits(network),
             (example,),
             dynamo=True,
             input_names=[INPUT_NAME],
-            output_names=[OUTPUT_NAME],
+            output_names=["boxes", "scores"] if boxes else ["logits"],
             dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
             opset_version=opset,
             verbose=False,

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from visionkd.errors import WorkError
 from visionkd.export.accuracy import Truth
-from visionkd.export.onnx import file_logits, portable, unit
+from visionkd.export.answers import answers, difference, in_file_form
+from visionkd.export.differences import Differences
+from visionkd.export.onnx import portable, unit
 from visionkd.models.factory import Network
 from visionkd.runtime.ort import OrtModel
 from visionkd.runtime.session import Session
@@ -35,10 +37,11 @@ class Verification:
 
     Attributes:
         num_images: Images compared.
-        max_abs_diff: Largest difference between two logits.
-        relative_diff: The same as a share of the largest logit.
-        rms_diff: Root mean square of the differences as a share of that of the logits.
-        agreement: Percent of images, or of pixels, with the same class.
+        max_abs_diff: Largest difference between two logits; of a detector between two scores, from 0 to 1.
+        relative_diff: The same as a share of the largest logit; of a detector as a share of the largest score, or that
+            of a side of a box as a share of the input's, if it is larger.
+        rms_diff: Root mean square of the differences as a share of that of the logits, or of scores or boxes.
+        agreement: Percent of images, pixels or candidates above the threshold with the same class.
         metric: Name of the accuracy, such as ``top1``; None without right answers.
         torch: Accuracy of the network in percent.
         exported: Accuracy of the file in percent.
@@ -106,13 +109,14 @@ def _compare(
     singles = list(images[:_SINGLES].split(1))
     # A batch of one first, then full ones, and a last one that is smaller: three sizes where there are enough images.
     chunks = [*singles, *images.split(max(2, batch_size))]
-    seen, tallies = _Differences(), None if truth is None else (truth.tally(), truth.tally())
+    seen = Differences(session.rule)
+    tallies = None if truth is None else (truth.tally(), truth.tally())
     for number, chunk in enumerate(chunks):
         repeated = number >= len(singles) and len(images) == 1
         batch = unit(chunk.repeat(2, 1, 1, 1) if repeated else chunk)
         with torch.inference_mode():
-            expected = file_logits(network, network(batch)).numpy()
-        given = session.predict_logits(batch.numpy())
+            expected = in_file_form(network, answers(network, batch)).numpy()
+        given = session.answers(batch.numpy())
         if given.shape != expected.shape:
             raise WorkError(f"the file answers with {given.shape} where the network answers with {expected.shape}")
         seen.add(given, expected, averaged=number >= len(singles))
@@ -123,35 +127,14 @@ def _compare(
     return Verification(
         num_images=len(images),
         max_abs_diff=seen.largest,
-        relative_diff=seen.largest / seen.scale if seen.scale > 0 else seen.largest,
+        relative_diff=seen.relative,
         rms_diff=seen.rms,
-        agreement=100.0 * seen.same / seen.count,
+        agreement=seen.agreement,
         metric=None if truth is None else truth.metric,
         torch=None if tallies is None else tallies[0].percent(),
         exported=None if tallies is None else tallies[1].percent(),
         batch_sizes=tuple(sorted(sizes)),
     )
-
-
-class _Differences:
-    """Sums over batches: maps of many images would not fit into memory together."""
-
-    def __init__(self) -> None:
-        self.largest = self.scale = self.squares = self.reference = 0.0
-        self.same = self.count = 0
-
-    def add(self, given: np.ndarray, expected: np.ndarray, *, averaged: bool) -> None:
-        self.largest = float(np.maximum(self.largest, np.abs(given - expected).max()))  # NaN, if any, wins
-        self.scale = max(self.scale, float(np.abs(expected).max()))
-        if averaged:
-            self.squares += float(np.square(np.subtract(given, expected, dtype=np.float64)).sum())
-            self.reference += float(np.square(expected, dtype=np.float64).sum())
-            equal = given.argmax(1) == expected.argmax(1)
-            self.same, self.count = self.same + int(equal.sum()), self.count + equal.size
-
-    @property
-    def rms(self) -> float:
-        return float(np.sqrt(self.squares / (self.reference or self.count)))
 
 
 def verify_int8(
@@ -178,7 +161,7 @@ def verify_int8(
         path: The file.
         images: N x 3 x H x W with the network's H and W: uint8, or float in [0, 1].
         truth: Right answers about them, for the accuracy of both.
-        own_error: ``rms_difference`` of the network and its float twin.
+        own_error: :func:`visionkd.export.answers.difference` of the network and its float twin.
         rounds_results: Whether the file rounds in more places than the network; it runs as on a device then, and
             node by node otherwise.
         batch_size: Batch size above 1.
@@ -201,20 +184,12 @@ def verify_int8(
 
 @torch.inference_mode()
 def tie_noise(network: Network, images: Tensor) -> float:
-    """Return how far a quantised network in float32 is from the same in float64, as :func:`rms_difference`."""
+    """Return how far a quantised network in float32 is from the same in float64, as :func:`difference`."""
     plain = portable(network)
     batches = [unit(batch) for batch in images.split(_NOISE_BATCH)]
-    single = [plain(batch).logits.numpy() for batch in batches]
+    single = torch.cat([answers(plain, batch) for batch in batches])
     double = plain.double()
-    return rms_difference(
-        np.concatenate(single), np.concatenate([double(batch.double()).logits.numpy() for batch in batches])
-    )
-
-
-def rms_difference(values: np.ndarray, reference: np.ndarray) -> float:
-    """Return the root mean square of the differences as a share of that of ``reference``."""
-    scale = float(np.sqrt(np.mean(np.square(reference, dtype=np.float64))))
-    return float(np.sqrt(np.mean(np.square(np.subtract(values, reference, dtype=np.float64))))) / (scale or 1.0)
+    return difference(plain, single, torch.cat([answers(double, batch.double()) for batch in batches]))
 
 
 def _judge(found: Verification, architecture: str, tolerance: float, max_drop: float, truth: Truth | None) -> None:
@@ -223,7 +198,7 @@ def _judge(found: Verification, architecture: str, tolerance: float, max_drop: f
     if not found.relative_diff <= tolerance:  # written so that NaN fails
         raise WorkError(
             f"the ONNX file of '{architecture}' differs from PyTorch by {found.max_abs_diff:.3g}, "
-            f"{found.relative_diff:.2g} of the largest logit ({tolerance:g} is allowed), {where}",
+            f"{found.relative_diff:.2g} of the largest value ({tolerance:g} is allowed), {where}",
             hint=hint,
         )
     if truth is not None and found.exported < found.torch - max_drop:

@@ -97,7 +97,7 @@ class Measurement(StrictCard):
         images: How many images were measured on; None where the publisher does not say.
         by: ``published`` by others, or measured ``here``.
         how: Where it is published, or the command that measured it.
-        values: Metric by name in percent: ``top1``, ``top5``, ``miou``, ``pixel_acc``, ``map50``, ...
+        values: Metric by name in percent: ``top1``, ``top5``, ``miou``, ``pixel_acc``, ``ap``, ...
     """
 
     artifact: Slug | None = None

@@ -138,7 +138,7 @@ class DistillationModule(Hooks, lightning.LightningModule):
             teacher_probs: B x C, where a store stands for the teachers.
         """
         teachers = self.teacher_outputs(image) if teacher_probs is None else (Output(probs=teacher_probs),)
-        student = self.student_output(image)
+        student = self.student_output(image, target) if self.student.needs_targets else self.student_output(image)
         terms: dict[str, Tensor] = {}
         if self.loss_weights()["task_loss"]:
             terms["task_loss"] = self.task.loss(student, target)
@@ -153,9 +153,9 @@ class DistillationModule(Hooks, lightning.LightningModule):
         self._train_means.add({"loss": loss, **terms})
         return loss
 
-    def student_output(self, image: Tensor) -> Output:
-        """Run the student on images in [0, 1], B x 3 x H x W."""
-        return self._student_forward(image)
+    def student_output(self, image: Tensor, target: Any = None) -> Output:
+        """Run the student on images in [0, 1], B x 3 x H x W; one that computes its own losses is shown the target."""
+        return self._student_forward(image) if target is None else self._student_forward(image, target=target)
 
     def teacher_outputs(self, image: Tensor) -> tuple[Output, ...]:
         """Run every teacher on images in [0, 1], B x 3 x H x W, without gradient and in its own precision."""
@@ -207,7 +207,8 @@ class DistillationModule(Hooks, lightning.LightningModule):
         output = self.task.answer(self.deployed_student, batch["image"])
         self.task.update(self._val_metrics, output, batch["target"])
         count = batch["image"].shape[0]
-        loss = self.task.loss(output, batch["target"])
+        # a detector has no losses in eval mode
+        loss = batch["image"].new_tensor(torch.nan) if output.boxes else self.task.loss(output, batch["target"])
         self._val_loss.append(torch.stack([loss * count, loss.new_tensor(float(count))]))
 
     def on_validation_epoch_end(self) -> None:
@@ -217,7 +218,8 @@ class DistillationModule(Hooks, lightning.LightningModule):
         if not totals[1]:
             raise DataError("No validation image can be read.", hint="List them with 'visionkd data check DATA'.")
         found = {f"val/{name}": 100.0 * float(value) for name, value in self._val_metrics.compute().items()}
-        found["val/loss"] = float(totals[0] / totals[1])
+        if not self.student.needs_targets:
+            found["val/loss"] = float(totals[0] / totals[1])
         self._val_metrics.reset()
         self._val_loss.clear()
         self.epoch_metrics.update(found)

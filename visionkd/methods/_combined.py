@@ -68,6 +68,8 @@ class Combined(DistillationModule):
     def __init__(self, *, teachers: Sequence[Network] = (), **rest: Any) -> None:
         self.__dict__["_given"] = tuple(teachers)  # before the base, which asks for the modules first
         super().__init__(teachers=teachers, **rest)
+        for own in self._parts:
+            own.frozen = self.frozen  # for those that ask a teacher for more than its output
 
     def build_modules(self) -> nn.Module:
         made = []

@@ -25,6 +25,9 @@ class Hooks:
     #: Whether it trains its teacher itself, in its first stage. Such a teacher is created with the data's classes, is
     #: the student's architecture where none is named, and is neither fitted nor compared with the student.
     trains_teacher: ClassVar[bool] = False
+    #: Whether its teacher is an image-text encoder, which names no classes. It is not created as a network, and the
+    #: embeddings that it gave of the training images stand for it.
+    takes_encoder: ClassVar[bool] = False
     #: By task, the values of options that are not given, where they are not those of the options' own class.
     task_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     #: Whether it looks at labels; a method that does not trains on unlabelled images (target -1) as well.

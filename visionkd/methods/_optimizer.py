@@ -75,6 +75,8 @@ def lr_factor(step: int, *, schedule: ScheduleConfig, budget: Budget) -> float:
         return schedule.gamma ** sum(epoch > milestone for milestone in schedule.milestones)
     progress = min(1.0, (step - warmup) / max(1.0, total - warmup))
     low = schedule.min_lr_ratio
+    if schedule.name == "poly":
+        return low + (1.0 - low) * (1.0 - progress) ** schedule.power
     return low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -57,10 +58,16 @@ class FrozenTeachers:
         self._place(image.device)
         outputs = []
         for forward, precision in zip(self.forwards, precisions or self.precisions, strict=True):
-            dtype = _AUTOCAST_DTYPES.get(precision)
-            with torch.autocast(image.device.type, dtype=dtype, enabled=dtype is not None):
+            with _autocast(precision, image.device):
                 outputs.append(forward(image, *extra))
         return tuple(outputs)
+
+    @contextmanager
+    def answering(self, number: int, device: torch.device) -> Iterator[Network]:
+        """Lend one of them to be asked for parts of its answer: on a device, in its own precision, without gradient."""
+        self._place(device)
+        with torch.no_grad(), _autocast(self.precisions[number], device):
+            yield self.networks[number]
 
     def _place(self, device: torch.device) -> None:
         # only once they are needed: with a complete label store their memory is never taken
@@ -68,3 +75,8 @@ class FrozenTeachers:
             for network in self.networks:
                 network.to(device)
             self._device = device
+
+
+def _autocast(precision: str, device: torch.device) -> torch.autocast:
+    dtype = _AUTOCAST_DTYPES.get(precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

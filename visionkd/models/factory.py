@@ -29,7 +29,9 @@ from visionkd.models.building import (
 from visionkd.models.classes import counted, imagenet_classes
 from visionkd.models.detection import factory as detection
 from visionkd.models.detection.names import is_detector
+from visionkd.models.detection.nets import OPEN_ARG
 from visionkd.models.detection.network import DetectionNetwork
+from visionkd.models.detection.open_network import OpenVocabularyDetector
 from visionkd.models.download import advice, hub_access, url_access
 from visionkd.models.input_size import timm_input, with_size
 from visionkd.models.masked_decoder import DecoderSpec, SavedDecoder, split_decoder
@@ -309,7 +311,7 @@ def _rebuild(card: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None
     classes = card.get("classes")
     kind = SegmentationNetwork if is_segmentation(source, architecture) else Network
     if is_detector(source, architecture):
-        kind = DetectionNetwork
+        kind = OpenVocabularyDetector if OPEN_ARG in kwargs else DetectionNetwork
     return kind(
         net,
         architecture=architecture,

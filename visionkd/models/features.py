@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from visionkd.errors import RequestError
+from visionkd.models.detection.network import DetectionNetwork
+from visionkd.models.detection.steps import DetectorOutput, stepwise
 from visionkd.models.network import Network, main_logits
 from visionkd.models.plan import Plan, Stage, Tap, as_map
 from visionkd.models.stages import final_width, four_stages, has_class_token, plan_of, stages
@@ -29,15 +31,23 @@ class FeatureOutput(Output):
     prefix_tokens: tuple[Tensor, ...] = ()
 
 
-def extract(network: Network, image: Tensor, indices: Sequence[int] | None = None) -> FeatureOutput:
+def extract(
+    network: Network,
+    image: Tensor,
+    indices: Sequence[int] | None = None,
+    *,
+    target: Sequence[Mapping[str, Tensor]] | None = None,
+) -> FeatureOutput | DetectorOutput:
     """Run ``network`` and return logits, maps and, for a transformer, tokens.
 
-    The network runs as it would without, in train mode as well: the same logits from the same random numbers.
+    The network runs as it would without, in train mode as well: the same logits from the same random numbers. The maps
+    of a detector are the levels of its pyramid; see :func:`visionkd.models.detection.steps.stepwise`.
 
     Args:
         network: Any network.
         image: B x 3 x H x W in [0, 1].
         indices: Stages wanted, negative ones counted from the deepest; None takes all.
+        target: What a network that needs its targets is shown in train mode.
 
     Returns:
         ``logits`` B x C; ``features``, one B x channels x H/stride x W/stride map for each index, in the order of
@@ -46,6 +56,8 @@ def extract(network: Network, image: Tensor, indices: Sequence[int] | None = Non
     Raises:
         RequestError: If the network has no such stage.
     """
+    if isinstance(network, DetectionNetwork):
+        return stepwise(network, image, target, indices=indices)
     plan = plan_of(network)
     known = plan.stages
     wanted = range(len(known)) if indices is None else indices

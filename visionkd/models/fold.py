@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from visionkd.models.detection.network import DetectionNetwork
 from visionkd.models.network import Network
 from visionkd.models.stages import forget_plan
 
@@ -19,7 +20,8 @@ def fold_batch_norm(network: Network) -> Network:
     """Return a frozen copy of ``network`` in eval mode with its batch norms folded away; without any, ``network``.
 
     Which convolution feeds which norm is seen in a forward pass. The copy is compared with the network on random images
-    and dropped if it answers differently, as it would where a convolution feeds something else as well.
+    and dropped if it answers differently, as it would where a convolution feeds something else as well. Of a detector
+    only the pyramid is looked at: which boxes its heads answer, rounding may decide.
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         return network
@@ -27,7 +29,7 @@ def fold_batch_norm(network: Network) -> Network:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(2, len(network.input.mean), *network.input.img_size, generator=generator).to(parameter.device)
     network.eval()
-    expected = network(images).logits
+    expected = _answer(network, images)
     folded = copy.deepcopy(network).requires_grad_(False)
     for convolution, name in _pairs(folded, images):
         norm = folded.get_submodule(name)
@@ -39,8 +41,17 @@ def fold_batch_norm(network: Network) -> Network:
         folded.set_submodule(name, nn.Sequential(*rest) if rest else nn.Identity())
     folded.requires_grad_(False).eval()
     forget_plan(folded)
-    difference = (folded(images).logits - expected).abs().max()
+    difference = (_answer(folded, images) - expected).abs().max()
     return folded if difference <= _TOLERANCE * expected.abs().max() else network
+
+
+def _answer(network: Network, images: Tensor) -> Tensor:
+    """Return what is to stay the same: logits, or the maps of a detector's pyramid as one row for each image."""
+    if isinstance(network, DetectionNetwork):
+        return torch.cat([each.flatten(1) for each in network.pyramid(images)], 1)
+    logits = network(images).logits
+    assert logits is not None
+    return logits
 
 
 def _pairs(network: Network, images: Tensor) -> list[tuple[nn.Conv2d, str]]:
@@ -65,7 +76,7 @@ def _pairs(network: Network, images: Tensor) -> list[tuple[nn.Conv2d, str]]:
         elif isinstance(module, nn.BatchNorm2d):
             handles.append(module.register_forward_pre_hook(lambda m, args, name=name: before_norm(name, m, args)))
     try:
-        network(images)
+        _answer(network, images)
     finally:
         for handle in handles:
             handle.remove()

@@ -18,6 +18,8 @@ from visionkd.models.detection import names as detection
 from visionkd.models.segmentation import names as segmentation
 
 _TORCHVISION = (*segmentation.TORCHVISION, *detection.TORCHVISION)
+#: What the names of open_clip's image-text encoders begin with: none of them is a network that names classes.
+OPEN_CLIP = "open_clip:"
 _WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
 
 
@@ -80,7 +82,7 @@ def resolve_name(name: str) -> Resolved:
         return Resolved("timm", "hf-hub:" + name.split(":", 1)[1], library="timm")
     if name.startswith("local-dir:"):
         return Resolved("timm", name, library="timm")
-    if "@" in name:
+    if "@" in name and not name.startswith(OPEN_CLIP):
         architecture, _, file = name.partition("@")
         return _file(name, architecture, Path(os.path.expanduser(file)))
     network = _network(name)
@@ -223,6 +225,11 @@ def _file(name: str, architecture: str | None, path: Path) -> Resolved:
 
 
 def _unknown(name: str) -> RequestError:
+    if name.startswith(OPEN_CLIP):
+        return RequestError(
+            f"'{name}' is an image-text encoder, not a network that names classes, pixels or boxes",
+            hint="It teaches a detector: visionkd distill --method oadp --student fasterrcnn_BACKBONE",
+        )
     looks_like_path = os.sep in name.removeprefix("torchvision/").removeprefix("timm/") or name.endswith(_WEIGHT_FILES)
     if looks_like_path or name.startswith((".", "~")):
         return RequestError(

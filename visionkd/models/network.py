@@ -41,6 +41,8 @@ class Network(nn.Module):
     needs_targets: bool = False
     #: Beginnings of the names of parameters that only help training.
     auxiliary: tuple[str, ...] = ()
+    #: Patterns of the names of layers that are not quantised at all: eight bits are too coarse.
+    precise: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -138,6 +140,14 @@ class Network(nn.Module):
                 with torch.no_grad(), evaluating(self):
                     self._embedding_dim = self.embed(blank).shape[1]
         return self._embedding_dim
+
+    def core(self) -> nn.Module:
+        """Return the part that computes, as a plain graph: what is counted and quantised. Here all of ``net``."""
+        return self.net
+
+    def take_graph(self, graph: nn.Module) -> None:
+        """Put a graph of :meth:`core`, under the same names of parameters, in the place of ``net``."""
+        self.net = graph
 
     # The classifier ---------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,8 @@ They are found in one pass over the network, and what was found is kept on it, s
 
 from __future__ import annotations
 
+from visionkd.models.detection.network import DetectionNetwork
+from visionkd.models.detection.steps import levels
 from visionkd.models.network import Network
 from visionkd.models.plan import Plan, Stage, make_plan
 
@@ -33,12 +35,13 @@ def stages(network: Network) -> tuple[Stage, ...]:
     """Return the stages of ``network``: those that timm names, or else the last map of each resolution.
 
     A transformer without resolutions has one for each block. Where a last convolution widens the deepest map
-    (EfficientNet, MobileNetV2), its output is the deepest stage. All maps are taken before the final norm.
+    (EfficientNet, MobileNetV2), its output is the deepest stage. All maps are taken before the final norm. Those of a
+    detector are the levels of its pyramid.
 
     Raises:
         RequestError: If the network shows no feature maps.
     """
-    return plan_of(network).stages
+    return levels(network) if isinstance(network, DetectionNetwork) else plan_of(network).stages
 
 
 def four_stages(network: Network) -> dict[int, Stage]:

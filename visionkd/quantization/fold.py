@@ -10,14 +10,19 @@ from __future__ import annotations
 import copy
 
 import torch
+from timm.layers import FrozenBatchNormAct2d
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torchvision.ops import FrozenBatchNorm2d
 
 from visionkd.errors import WorkError
 from visionkd.models.network import Network
 from visionkd.quantization.fake_quant import QMAX, along, quantize
 from visionkd.quantization.insert import freeze
 from visionkd.quantization.products import QUANTIZED
+
+#: Timm's and torchvision's frozen ones have the same four tensors, as buffers.
+_NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d, FrozenBatchNormAct2d)
 
 
 def fold_weight(
@@ -77,7 +82,7 @@ def _convolution_before(
     node: fx.Node, modules: dict[str, nn.Module], calls: dict[str, int]
 ) -> nn.Conv2d | nn.ConvTranspose2d | None:
     """Return the convolution that feeds nothing but the batch norm ``node``."""
-    if node.op != "call_module" or not isinstance(modules[str(node.target)], nn.BatchNorm2d):
+    if node.op != "call_module" or not isinstance(modules[str(node.target)], _NORMS):
         return None
     before = node.args[0]
     if before.op != "call_module" or len(before.users) > 1 or calls[str(before.target)] > 1:
@@ -87,7 +92,7 @@ def _convolution_before(
     return module if fine and isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) else None
 
 
-def _fold(graph_module: fx.GraphModule, node: fx.Node, convolution: nn.Module, norm: nn.BatchNorm2d) -> None:
+def _fold(graph_module: fx.GraphModule, node: fx.Node, convolution: nn.Module, norm: nn.Module) -> None:
     gamma = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
     beta = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
     if isinstance(convolution, QUANTIZED):

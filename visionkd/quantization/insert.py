@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from visionkd.errors import WorkError
-from visionkd.models.network import Network, head_names
+from visionkd.models.network import Network
 from visionkd.quantization.fake_quant import ActivationQuantizer, Mode, WeightQuantizer
 from visionkd.quantization.placement import place
 from visionkd.quantization.products import QUANTIZED, float_twin, quantized_twin
@@ -51,12 +51,12 @@ def quantize_network(network: Network, *, scheme: Int8Scheme) -> Network:
     plain = float_network(network)
     if scheme.attention == "int8" and isinstance(plain.net, fx.GraphModule):
         raise WorkError("attention cannot be taken apart once it is quantised: start from the float model")
-    heads = network.heads or head_names(network.net, network.source)
+    heads = network.heads or network.class_layers()
     graph_module = plain.net
     if not isinstance(graph_module, fx.GraphModule):
         graph_module = trace(plain, split_attention=scheme.attention == "int8")
         check_same(plain, graph_module)
-    placement = place(graph_module, scheme)
+    placement = place(graph_module, scheme, precise=network.precise)
     if not placement.products:
         raise WorkError(
             f"'{network.architecture}' has no layer to quantise"
@@ -78,7 +78,7 @@ def quantize_network(network: Network, *, scheme: Int8Scheme) -> Network:
         user.replace_input_with(tensor, made[name, tensor])
     graph_module.graph.lint()
     graph_module.recompile()
-    plain.net = graph_module.train(network.net.training)
+    plain.take_graph(graph_module.train(network.net.training))
     plain.heads = heads
     plain.quantization = {"kind": "int8", "scheme": scheme.to_dict()}
     set_mode(plain, "quantize")
@@ -119,7 +119,7 @@ def int8_layers(network: Network) -> dict[str, nn.Module]:
 def float_layers(network: Network) -> dict[str, str]:
     """Return the products of a quantised network that stay in float, by name, with the reason."""
     scheme = Int8Scheme.from_dict(network.quantization["scheme"])
-    return place(float_network(network).net, scheme).left_float
+    return place(float_network(network).net, scheme, precise=network.precise).left_float
 
 
 def activation_quantizers(network: Network) -> dict[str, ActivationQuantizer]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from visionkd.errors import DataError
-from visionkd.models.network import Network, head_names
+from visionkd.models.network import Network
 from visionkd.quantization.differentiable import nearest, quantile_points
 from visionkd.quantization.quantized_distillation import Buckets, bucket_width, from_levels, scale, uniform_levels
 from visionkd.quantization.size import huffman_bits, level_counts, reduction_factor, size_mb
@@ -124,7 +124,7 @@ def quantizable_names(network: Network, *, first_last: bool = True, batch_norm: 
         products = [
             name for name, module in modules.items() if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
         ]
-        left_out |= {*products[:1], *head_names(network.net, network.source)}
+        left_out |= {*products[:1], *network.class_layers()}
     return tuple(
         name
         for name, parameter in network.net.named_parameters()

@@ -55,14 +55,20 @@ class Placement:
     left_float: dict[str, str] = field(default_factory=dict)
 
 
-def place(graph_module: fx.GraphModule, scheme: Int8Scheme) -> Placement:
-    """Decide where the quantisers of a scheme go."""
-    return _Placer(graph_module, scheme).run()
+def place(graph_module: fx.GraphModule, scheme: Int8Scheme, *, precise: tuple[str, ...] = ()) -> Placement:
+    """Decide where the quantisers of a scheme go.
+
+    Args:
+        graph_module: The graph of a network.
+        scheme: What is asked for.
+        precise: Patterns of the names of layers that stay in float whatever is asked for.
+    """
+    return _Placer(graph_module, scheme, precise).run()
 
 
 class _Placer:
-    def __init__(self, graph_module: fx.GraphModule, scheme: Int8Scheme) -> None:
-        self.scheme = scheme
+    def __init__(self, graph_module: fx.GraphModule, scheme: Int8Scheme, precise: tuple[str, ...]) -> None:
+        self.scheme, self.precise = scheme, precise
         self.nodes = list(graph_module.graph.nodes)
         self.order = {node: number for number, node in enumerate(self.nodes)}
         self.modules = dict(graph_module.named_modules())
@@ -117,6 +123,8 @@ class _Placer:
         name = str(node.target)
         if any(fnmatchcase(name, pattern) for pattern in self.scheme.skip):
             return "skipped"
+        if any(fnmatchcase(name, pattern) for pattern in self.precise):
+            return "gives sides of boxes"
         if not quantizable(module):
             return f"a {type(module).__name__} has no quantised form"
         if self.scheme.gates == "float" and isinstance(module, nn.Conv2d) and self._after_mean(node):

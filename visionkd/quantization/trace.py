@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -53,9 +54,11 @@ def trace(network: Network, *, split_attention: bool = False) -> fx.GraphModule:
         split_attention: Take attention apart into its two products and the softmax between them.
 
     Raises:
-        WorkError: If the network decides from its data what it computes.
+        WorkError: If the network decides from its data what it computes, as a detector of two stages does.
     """
-    net = copy.deepcopy(network.net)
+    if network.task == "detection" and network.two_stage:
+        raise network.no_candidates()
+    net = copy.deepcopy(network.core())
     if split_attention:
         for module in net.modules():
             if getattr(module, "fused_attn", None) is True:
@@ -101,10 +104,19 @@ def check_same(network: Network, graph_module: fx.GraphModule) -> None:
     image = torch.rand(2, 3, *network.input.img_size, generator=generator).to(parameter.device, parameter.dtype)
     with torch.no_grad(), evaluating(network), evaluating(graph_module):
         image = network.prepare(image)
-        expected, found = _first(network.net(image)), _first(graph_module(image))
-    if not torch.allclose(expected, found, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):
+        pairs = list(zip(_tensors(network.core()(image)), _tensors(graph_module(image)), strict=True))
+    fine = [torch.allclose(own, given, rtol=1e-4, atol=1e-4 * float(own.abs().max())) for own, given in pairs]
+    if not all(fine):
         raise WorkError(f"'{network.architecture}' cannot be quantised: its graph does not compute what it does")
 
 
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, (tuple, list)) else output
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors of an answer in their order, however they are packed."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for each in output.values():
+            yield from _tensors(each)
+    elif isinstance(output, (tuple, list)):
+        for each in output:
+            yield from _tensors(each)

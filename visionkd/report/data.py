@@ -17,6 +17,7 @@ from visionkd.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from visionkd.report.detection import Detection
     from visionkd.report.segmentation import Segmentation
 
 
@@ -30,6 +31,11 @@ class ModelRow:
         top5: Percent; not shown where there are five classes or fewer.
         miou: Percent, of a segmentation network.
         pixel_acc: Percent of its pixels that are right.
+        ap: Percent, of a detector: the mean over overlaps from 0.5 to 0.95 and classes.
+        ap50: The same at an overlap of 0.5.
+        ap75: The same at one of 0.75.
+        ap50_base: AP50 of the classes that it saw boxes of in training, where there are others.
+        ap50_novel: AP50 of these others.
         params_m: Millions of parameters.
         macs_g: Billions of multiply-accumulates for one image.
         size_mb: Megabytes of the weights file.
@@ -42,6 +48,11 @@ class ModelRow:
     top5: float | None = None
     miou: float | None = None
     pixel_acc: float | None = None
+    ap: float | None = None
+    ap50: float | None = None
+    ap75: float | None = None
+    ap50_base: float | None = None
+    ap50_novel: float | None = None
     params_m: float | None = None
     macs_g: float | None = None
     size_mb: float | None = None
@@ -50,8 +61,13 @@ class ModelRow:
 
     @property
     def score(self) -> float | None:
-        """The measure that counts, in percent: mIoU of a segmentation network, top-1 of a classifier."""
-        return self.top1 if self.miou is None else self.miou
+        """The measure that counts, in percent: AP of a detector, mIoU of a segmentation network, top-1 of others."""
+        return next((value for value in (self.ap, self.miou) if value is not None), self.top1)
+
+    @property
+    def measure(self) -> str:
+        """What that measure is called."""
+        return "AP" if self.ap is not None else "mIoU" if self.miou is not None else "top-1 accuracy"
 
 
 @dataclass(frozen=True)
@@ -72,6 +88,9 @@ class ExportRow:
         miou_torch: As ``top1_torch``, of a segmentation network.
         miou_exported: As ``top1_exported``.
         miou_float: As ``top1_float``.
+        ap_torch: As ``top1_torch``, of a detector.
+        ap_exported: As ``top1_exported``.
+        ap_float: As ``top1_float``.
     """
 
     file: str
@@ -87,11 +106,14 @@ class ExportRow:
     miou_torch: float | None = None
     miou_exported: float | None = None
     miou_float: float | None = None
+    ap_torch: float | None = None
+    ap_exported: float | None = None
+    ap_float: float | None = None
 
     def score(self, of: str) -> float | None:
-        """Return mIoU, or top-1 where there is none, ``of`` the network in ``torch`` or ``float``, or ``exported``."""
-        found = getattr(self, f"miou_{of}")
-        return getattr(self, f"top1_{of}") if found is None else found
+        """Return AP, mIoU or top-1, whichever there is, ``of`` ``torch``, ``float`` or ``exported``."""
+        found = (getattr(self, f"{measure}_{of}") for measure in ("ap", "miou", "top1"))
+        return next((value for value in found if value is not None), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,9 +245,10 @@ class ReportData:
         curves: The run's training curves.
         baseline_curves: The baseline's.
         classes: Class names in index order; numbered names where empty.
-        measure: What the networks are compared by: ``top-1``, or ``mIoU`` of segmentation networks.
+        measure: What the networks are compared by: ``top-1``, ``mIoU`` of segmentation networks, ``AP`` of detectors.
         evaluation: Answers on the evaluated split.
         segmentation: The same of segmentation networks.
+        detection: The same of detectors.
         thumbnail: Gives the picture of sample ``index`` of the evaluation; may raise where it cannot be read.
         environment: Versions, devices, commit; nested mappings are flattened.
         config: The run's resolved ``config.yaml`` as text.
@@ -256,6 +279,7 @@ class ReportData:
     measure: str = "top-1"
     evaluation: Evaluation | None = None
     segmentation: Segmentation | None = None
+    detection: Detection | None = None
     thumbnail: Callable[[int], Image] | None = None
     environment: Mapping[str, Any] = field(default_factory=dict)
     config: str = ""
@@ -280,14 +304,16 @@ class ReportData:
         if self.classes:
             return tuple(self.classes)
         if self.evaluation is None:
-            return tuple(f"class {index}" for index in range(self.segmentation.num_classes if self.segmentation else 0))
+            counted = self.detection or self.segmentation
+            return tuple(f"class {index}" for index in range(counted.num_classes if counted is not None else 0))
         return tuple(f"class {index}" for index in range(self.evaluation.student_probs.shape[1]))
 
     @property
     def distilled(self) -> bool:
         """Whether a teacher taught the network, be it one that is not compared with it."""
         answered = self.evaluation is not None and self.evaluation.teacher_probs is not None
-        return bool(self.teachers) or answered or (bool(self.method) and self.segmentation is not None)
+        counted = self.segmentation is not None or self.detection is not None
+        return bool(self.teachers) or answered or (bool(self.method) and counted)
 
 
 def _places(rows: list[dict[str, Any]], start: float) -> list[float]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 import visionkd
 from visionkd.errors import VisionKDError
-from visionkd.report import analysis, augmentation, figures, reconstruction, segmentation
+from visionkd.report import analysis, augmentation, detection, figures, reconstruction, segmentation
 from visionkd.report.data import Evaluation, ModelRow, ReportData
 from visionkd.report.pictures import picture_uri
 from visionkd.report.text import (
@@ -53,6 +53,10 @@ class ErrorTile:
     teacher_confidence: str
     teacher_verdict: str
 
+_COLUMNS = ("top5", "pixel_acc", "ap50", "ap75", "ap50_base", "ap50_novel", "params_m", "macs_g", "size_mb")
+#: Heading over what is known of each class, by the measure.
+_BY_CLASS = {"mIoU": "IoU by class", "AP": "AP by class"}
+
 
 def render_report(data: ReportData) -> str:
     """Return the whole page; the same input gives the same text."""
@@ -82,7 +86,7 @@ def render_report(data: ReportData) -> str:
         "backends": _backends(models),
         "measured": {
             name
-            for name in ("top5", "pixel_acc", "params_m", "macs_g", "size_mb")
+            for name in _COLUMNS
             if any(getattr(row, name) is not None for _, row in models)
         },
         "curves": figures.learning_curves(data.curves, data.baseline_curves, student=_who(data)) if data.curves else [],
@@ -106,12 +110,19 @@ def render_report(data: ReportData) -> str:
         "scenes": (),
         "num_worst": 0,
         "color_keys": (),
+        "scene_text": "",
+        "precisions": (),
+        "by_class": _BY_CLASS.get(data.measure, "Accuracy by class"),
     }
     if data.evaluation is not None and len(data.evaluation):
         context.update(_evaluated(data, data.evaluation, answers))
     if data.segmentation is not None and len(data.segmentation):
         context |= segmentation.describe(
             data.segmentation, classes=data.class_names, load=data.thumbnail, student=_who(data)
+        )
+    if data.detection is not None and len(data.detection):
+        context |= detection.describe(
+            data.detection, classes=data.class_names, load=data.thumbnail, student=_who(data)
         )
     return environment.get_template("template.html.j2").render(context).strip() + "\n"
 
@@ -164,7 +175,7 @@ def _facts(data: ReportData) -> list[tuple[str, str]]:
         facts.append(("Method", data.method))
     if data.data:
         facts.append(("Data", data.data))
-    evaluated = data.evaluation if data.evaluation is not None else data.segmentation
+    evaluated = next((each for each in (data.evaluation, data.segmentation) if each is not None), data.detection)
     if evaluated is not None:
         facts.append(
             (

@@ -9,18 +9,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from visionkd.errors import VisionKDError
 from visionkd.report import figures
 from visionkd.report.analysis import Difference
-from visionkd.report.pictures import picture_uri
+from visionkd.report.scenes import Panel, Scene, color_keys, loaded, uri
 from visionkd.report.svg import Picture
-from visionkd.report.text import printable, shorten
-from visionkd.runtime.draw import overlay, palette
+from visionkd.report.text import printable
+from visionkd.runtime.draw import overlay
 from visionkd.runtime.metrics import class_iou, mean_iou
 from visionkd.types import IGNORE
 
-WIDTH = 320
-"""Largest width of a picture in pixels."""
 _RESAMPLES = 1000
 _FEWEST_IMAGES = 10
 _WRONG, _NO_LABEL = (208, 74, 30, 255), (140, 147, 155, 150)
@@ -58,32 +55,6 @@ class Segmentation:
         return len(self.confusion)
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One picture of a row: its heading, and a data URI."""
-
-    title: str
-    image: str
-
-
-@dataclass(frozen=True)
-class Scene:
-    """One image with what was said of it: its name, its mIoU, the same of the teacher where there is one."""
-
-    name: str
-    score: float
-    teacher_score: float | None
-    panels: tuple[Panel, ...]
-
-
-@dataclass(frozen=True)
-class ColorKey:
-    """A class and its colour as CSS."""
-
-    name: str
-    color: str
-
-
 def describe(
     found: Segmentation, *, classes: Sequence[str], load: Callable[[int], Image.Image] | None, student: str
 ) -> dict[str, Any]:
@@ -93,7 +64,6 @@ def describe(
     pixels = found.confusion.sum(1)
     scenes = [_scene(number, found, load, student) for number in range(len(found.pictured))]
     shown = {int(v) for maps in (found.labels, *found.maps.values()) for each in maps for v in np.unique(each)}
-    colors = palette(found.num_classes)
     order = [index for index in np.argsort(-pixels, kind="stable") if int(index) in shown]
     return {
         "classes": _bars(shares, pixels, names, student=student),
@@ -103,7 +73,9 @@ def describe(
         ],
         "scenes": scenes,
         "num_worst": found.num_worst,
-        "color_keys": [ColorKey(shorten(names[i], 36), "#{:02x}{:02x}{:02x}".format(*colors[i])) for i in order],
+        "color_keys": color_keys(order, names),
+        "scene_text": f"The images of which the {student.lower()} gets least and most right, by the mIoU of the image"
+        " alone. In the last picture wrong pixels are orange; grey ones have no label.",
     }
 
 
@@ -152,14 +124,14 @@ def _scene(number: int, found: Segmentation, load: Callable[[int], Image.Image] 
     place = found.pictured[number]
     scores = {role: mean_iou(found.intersection[role][place], found.union[role][place]) for role in found.intersection}
     label, size = found.labels[number], found.num_classes
-    picture = _picture(load, place, label.shape)
-    drawn = [Panel("image", _uri(picture, lossless=False))] if picture is not None else []
+    picture = loaded(load, place, label.shape[::-1])
+    drawn = [Panel("image", uri(picture, lossless=False))] if picture is not None else []
     ground = picture if picture is not None else Image.new("RGB", label.shape[::-1], (255, 255, 255))
-    drawn.append(Panel("label", _uri(overlay(ground, label, size), lossless=False)))
+    drawn.append(Panel("label", uri(overlay(ground, label, size), lossless=False)))
     for role, title in (("student", student.lower()), ("teacher", "teacher")):
         if role in found.maps:
-            drawn.append(Panel(title, _uri(overlay(ground, found.maps[role][number], size), lossless=False)))
-    drawn.append(Panel("errors", _uri(error_map(found.maps["student"][number], label), lossless=True)))
+            drawn.append(Panel(title, uri(overlay(ground, found.maps[role][number], size), lossless=False)))
+    drawn.append(Panel("errors", uri(error_map(found.maps["student"][number], label), lossless=True)))
     name = printable(found.names[place]) if found.names else f"sample {place}"
     return Scene(name, scores["student"], scores.get("teacher"), tuple(drawn))
 
@@ -170,20 +142,3 @@ def error_map(given: np.ndarray, label: np.ndarray) -> Image.Image:
     colors[given != label] = _WRONG
     colors[label == IGNORE] = _NO_LABEL
     return Image.fromarray(colors)
-
-
-def _picture(load: Callable[[int], Image.Image] | None, place: int, shape: tuple[int, ...]) -> Image.Image | None:
-    if load is None:
-        return None
-    try:
-        picture = load(place).convert("RGB")
-    except (VisionKDError, OSError, ValueError, IndexError):
-        return None  # it has gone since it was evaluated; the maps still help
-    return picture if picture.size == tuple(shape[::-1]) else None
-
-
-def _uri(picture: Image.Image, *, lossless: bool) -> str:
-    if picture.width > WIDTH:
-        size = (WIDTH, max(1, round(picture.height * WIDTH / picture.width)))
-        picture = picture.resize(size, Image.Resampling.NEAREST if lossless else Image.Resampling.LANCZOS)
-    return picture_uri(picture, quality=80, lossless=lossless, without_webp="PNG" if lossless else "JPEG")

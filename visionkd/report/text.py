@@ -129,18 +129,17 @@ def summary_sentence(
     if student.score is None:
         return "The student's accuracy was not measured." if teachers else "The accuracy was not measured."
     if not measured:
-        measure = "mIoU" if student.miou is not None else "top-1 accuracy"
         size = f" with {quantity(student.params_m)}{NBSP}M parameters" if student.params_m else ""
         tail = _against_baseline(student, baseline)
-        return f"{printable(student.name)} reaches {student.score:.2f}{NBSP}% {measure}{size}{tail}."
-    noun = "mIoU" if student.miou is not None else "accuracy"
+        return f"{printable(student.name)} reaches {student.score:.2f}{NBSP}% {student.measure}{size}{tail}."
+    noun = "accuracy" if student.measure == "top-1 accuracy" else student.measure
     best = max(measured, key=lambda row: row.score or 0.0)
     whose = "the teacher" if len(teachers) == 1 else "the best teacher"
     gap = student.score - (best.score or 0.0)
     if abs(gap) < 0.005:
         start = f"The student matches {whose}'s {noun}"
     elif gap > 0:
-        more = "more accurate than" if student.miou is None else "of mIoU above"
+        more = "more accurate than" if noun == "accuracy" else f"of {noun} above"
         start = f"The student is {gap:.2f}{NBSP}points {more} {whose}"
     else:
         # 99.96 % must not be printed as if nothing had been lost.

@@ -120,6 +120,40 @@ def draw_map(image: Image.Image, classes: np.ndarray, names: Sequence[str]) -> I
     return canvas
 
 
+def draw_boxes(
+    image: Image.Image, boxes: np.ndarray, labels: Sequence[int], scores: Sequence[float], names: Sequence[str]
+) -> Image.Image:
+    """Return a copy of ``image`` with boxes in the colours of their classes, each with its class and score.
+
+    Args:
+        image: RGB picture.
+        boxes: N x 4: left, top, right, bottom in its pixels.
+        labels: Class indices, N.
+        scores: From 0 to 1, N; the highest is drawn last, on top of the others. Empty for boxes that are known.
+        names: Name of each class.
+    """
+    factor = max(1, round(_SHORTEST_PX / max(1, min(image.size))))
+    size = (image.width * factor, image.height * factor)
+    picture = image.resize(size, Image.Resampling.NEAREST) if factor > 1 else image.copy()
+    height = max(12, round(min(size) / 30))
+    font, line = ImageFont.load_default(height), max(2, round(min(size) / 200))
+    draw, colors = ImageDraw.Draw(picture), palette(len(names))
+    known = len(scores) == len(labels)
+    for number in sorted(range(len(labels)), key=lambda each: scores[each] if known else 0.0):
+        color = tuple(map(int, colors[labels[number]]))
+        left, top, right, bottom = (float(side) * factor for side in boxes[number])
+        draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=color, width=line)
+        text = f"{names[labels[number]]} {scores[number]:.2f}" if known else str(names[labels[number]])
+        text = _fitting(text, draw, font, size[0] - 2 * line)
+        width = draw.textlength(text, font=font) + 2 * line
+        above = top - 1.3 * height if top >= 1.3 * height else top  # inside where there is no room above
+        start = min(left, size[0] - width)
+        draw.rectangle((start, above, start + width, above + 1.3 * height), fill=color)
+        dark = sum(share * part for share, part in zip((0.299, 0.587, 0.114), color, strict=True)) < 140
+        draw.text((start + line, above), text, fill="white" if dark else "black", font=font)
+    return picture
+
+
 def class_shares(classes: np.ndarray, num_classes: int) -> list[tuple[int, float]]:
     """Return the classes of a map and the percent of its pixels that each has, the largest first."""
     counts = np.bincount(np.asarray(classes).reshape(-1), minlength=256)[:num_classes]

@@ -66,6 +66,38 @@ def stretch(image: Image.Image, spec: InputSpec) -> np.ndarray:
     return np.asarray(image)
 
 
+def letterbox(image: Image.Image, spec: InputSpec) -> tuple[np.ndarray, float]:
+    """Resize an image so that all of it fits the network's input, and fill up with the network's mean colour.
+
+    The picture lies at the upper left and keeps its proportions; what is filled up is about 0 once the network has
+    normalised it.
+
+    Args:
+        image: RGB image of any size.
+        spec: The network's input; ``crop_pct`` does not matter.
+
+    Returns:
+        uint8 array H x W x 3, and how many pixels of it a pixel of the image became: a box in the array, divided by
+        this, is a box in the image.
+    """
+    if spec.interpolation not in RESAMPLING:
+        raise RequestError(f"unknown interpolation '{spec.interpolation}'; known: {', '.join(RESAMPLING)}")
+    height, width = spec.img_size
+    scale = min(height / image.height, width / image.width)
+    size = (min(width, max(1, round(image.width * scale))), min(height, max(1, round(image.height * scale))))
+    if size != image.size:
+        image = image.resize(size, RESAMPLING[spec.interpolation])
+    array = np.empty((height, width, 3), np.uint8)
+    array[:] = fill_colour(spec)
+    array[: size[1], : size[0]] = np.asarray(image)
+    return array, scale
+
+
+def fill_colour(spec: InputSpec) -> np.ndarray:
+    """Return the colour that a letterbox is filled up with, uint8 of 3: the mean that the network takes off."""
+    return np.array([round(255.0 * value) for value in spec.mean[:3]], np.uint8)
+
+
 def _resized_size(image_width: int, image_height: int, spec: InputSpec) -> tuple[int, int]:
     """Width and height after resizing."""
     height, width = (math.floor(side / spec.crop_pct) for side in spec.img_size)

@@ -1,4 +1,4 @@
-"""A model file that describes itself: images in, probabilities and class names out, without torch."""
+"""A model file that describes itself: images in; probabilities, maps or boxes, and class names out, without torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import numpy as np
 from PIL.Image import Image
 
 from visionkd.errors import Problem, RequestError
+from visionkd.runtime.boxes import BoxRule, FoundBoxes, choose_boxes
 from visionkd.runtime.engine_file import ENGINE_SUFFIX
 from visionkd.runtime.metrics import resize_maps, softmax
 from visionkd.runtime.ort import Accelerator, OrtModel
-from visionkd.runtime.preprocess import preprocess, stretch, to_batch
+from visionkd.runtime.preprocess import letterbox, preprocess, stretch, to_batch
 from visionkd.types import InputSpec, TaskName
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Session:
         input: Size and resizing of its images; it normalises for itself.
         architecture: Name of the network, if the file names it.
         metadata: All that the file says, parsed where it is JSON.
+        rule: How boxes are chosen from what a detector's file gives; None for another task.
     """
 
     def __init__(self, model: OrtModel | TrtModel) -> None:
@@ -54,6 +56,7 @@ class Session:
         classes = self.metadata.get("classes")
         self.classes: tuple[str, ...] | None = tuple(classes) if classes else None
         self.architecture: str | None = self.metadata.get("architecture")
+        self.rule = BoxRule.from_dict(self.metadata.get("boxes", {})) if self.task == "detection" else None
 
     def predict_logits(self, batch: np.ndarray) -> np.ndarray:
         """Return logits, float32, for ``batch``, N x 3 x H x W float32 in [0, 1].
@@ -68,7 +71,10 @@ class Session:
         """Number of outputs; where the file names no classes, the model is run once to see."""
         if self.classes is not None:
             return len(self.classes)
-        return self.predict_logits(np.zeros((1, 3, *self.input.img_size), np.float32)).shape[1]
+        blank = np.zeros((1, 3, *self.input.img_size), np.float32)
+        if self.task == "detection":
+            return self.predict_candidates(blank)[1].shape[2]
+        return self.predict_logits(blank).shape[1]
 
     def predict_probs(self, batch: np.ndarray) -> np.ndarray:
         """Return probabilities, N x C float32, for ``batch``, N x 3 x H x W float32 in [0, 1]."""
@@ -115,6 +121,49 @@ class Session:
             logits = logits[:, list(columns)]
         for values, (_, size) in zip(logits, views, strict=True):
             yield resize_maps(values, size).argmax(0).astype(np.uint8)
+
+    def predict_candidates(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return all boxes of a detector and their scores for ``batch``, N x 3 x H x W float32 in [0, 1].
+
+        Returns:
+            Boxes, N x M x 4 in pixels of the batch, and scores from 0 to 1, N x M x C.
+        """
+        answers = self._model.run(np.ascontiguousarray(batch, dtype=np.float32))
+        named = dict(zip(self._model.outputs, answers, strict=True))
+        return named["boxes"], named["scores"]
+
+    def answers(self, batch: np.ndarray) -> np.ndarray:
+        """Return logits, or of a detector its candidates in one array: boxes first, N x M x (4 + C)."""
+        if self.task == "detection":
+            return np.concatenate(self.predict_candidates(batch), -1)
+        return self.predict_logits(batch)
+
+    def predict_boxes(
+        self, images: Iterable[Image], *, batch_size: int = 1, columns: Sequence[int] | None = None
+    ) -> Iterator[FoundBoxes]:
+        """Yield what is on RGB images of any size, in their own pixels.
+
+        Args:
+            images: What to look at; each is letterboxed into the network's input.
+            batch_size: Images at a time.
+            columns: Classes that count, in the order of the labels that are answered; None takes all.
+        """
+        waiting: list[tuple[np.ndarray, float, tuple[int, int]]] = []
+        for image in images:
+            waiting.append((*letterbox(image, self.input), (image.height, image.width)))
+            if len(waiting) == batch_size:
+                yield from self._boxes(waiting, columns)
+                waiting = []
+        if waiting:
+            yield from self._boxes(waiting, columns)
+
+    def _boxes(
+        self, views: Sequence[tuple[np.ndarray, float, tuple[int, int]]], columns: Sequence[int] | None
+    ) -> Iterator[FoundBoxes]:
+        assert self.rule is not None
+        boxes, scores = self.predict_candidates(to_batch([view for view, _, _ in views]))
+        for given, values, (_, scale, size) in zip(boxes, scores, views, strict=True):
+            yield choose_boxes(given, values, self.rule, columns).on_picture(scale, size)
 
 
 def open_session(

@@ -22,7 +22,7 @@ class Task(Protocol):
     main_metric: str
 
     def loss(self, output: Output, target: Any) -> Tensor:
-        """Supervised loss, a scalar."""
+        """Supervised loss, a scalar; of a detector in train mode alone."""
 
     def answer(self, network: Any, image: Tensor) -> Output:
         """Run ``network`` on images of a validation loader, B x 3 x H x W in [0, 1]."""

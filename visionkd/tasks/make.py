@@ -6,6 +6,7 @@ from visionkd.config.schema import RunConfig
 from visionkd.errors import Problem, RequestError
 from visionkd.tasks.base import Task
 from visionkd.tasks.classification import ClassificationTask
+from visionkd.tasks.detection import DetectionTask
 from visionkd.tasks.segmentation import SegmentationTask
 from visionkd.types import DataSet
 
@@ -20,15 +21,21 @@ def task_of(data: DataSet, config: RunConfig) -> Task:
         RequestError: If settings of another task are on.
     """
     smoothing = config.training.label_smoothing
-    if data.task != "segmentation":
+    if data.task == "classification":
         return ClassificationTask(num_classes=len(data.classes), label_smoothing=smoothing)
+    labels = {"segmentation": "maps", "detection": "boxes"}[data.task]
     problems = [
-        Problem(f"augment.{name}", f"{value} would not do to maps what it does to images", f"Leave it at {off}.")
+        Problem(f"augment.{name}", f"{value} would not do to {labels} what it does to images", f"Leave it at {off}.")
         for name, off in _WHOLE_IMAGES.items()
         if (value := getattr(config.augment, name)) != off
     ]
+    if data.task == "detection" and smoothing:
+        hint = "Leave training.label_smoothing at 0."
+        problems.append(Problem("training.label_smoothing", f"{smoothing:g} is none of a detector's settings", hint))
     if problems:
         raise RequestError(problems)
+    if data.task == "detection":
+        return DetectionTask(num_classes=len(data.classes), novel=[data.classes.index(name) for name in data.novel])
     settings = config.segmentation
     return SegmentationTask(
         num_classes=len(data.classes),

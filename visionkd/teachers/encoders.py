@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from visionkd.config.schema import NetworkConfig
 from visionkd.errors import DownloadError, Problem, RequestError, did_you_mean, first_line
-from visionkd.models.factory import create_network
+from visionkd.models.factory import create_network, resolve_name
+from visionkd.models.names import OPEN_CLIP
 from visionkd.models.network import Network
 from visionkd.models.normalize import Normalize, resize
+from visionkd.models.package_file import read_card
 from visionkd.teachers.object_attention import (
     ClipTransformer,
     SteppedTransformer,
@@ -30,7 +32,6 @@ from visionkd.teachers.object_attention import (
 )
 from visionkd.types import InputSpec
 
-OPEN_CLIP = "open_clip:"
 _UPSAMPLE = 2
 _BATCH = 64
 
@@ -45,6 +46,8 @@ class ImageTextEncoder(Protocol):
         img_size: Height and width of the crops that it takes.
         grid: Rows and columns of the masks that it takes; None where it takes none, and objects are what their plain
             crops show.
+        interpolation: How crops are brought to that size: ``bilinear`` or ``bicubic``.
+        least_side: Pixels that a whole image must have along each side.
     """
 
     name: str
@@ -52,6 +55,8 @@ class ImageTextEncoder(Protocol):
     dim: int
     img_size: tuple[int, int]
     grid: tuple[int, int] | None
+    interpolation: str
+    least_side: int
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Return B x dim for whole images, B x 3 x H x W in [0, 1], at their own size where the network can."""
@@ -93,9 +98,10 @@ class TwoTowers:
         self.module = module.eval().requires_grad_(False)
         self.grid = None if vit is None else vit.grid(upsample)
         self._vit, self._images, self._texts, self._upsample = vit, images, texts, upsample
-        self._interpolation = spec.interpolation
+        self.interpolation = spec.interpolation
+        self.least_side = 1 if self.grid is None else -(-self.img_size[0] * upsample // self.grid[0])
         self._normalize = Normalize(spec.mean, spec.std)
-        self.identity = f"{_weights_hash(module)}-x{upsample if vit is not None else 0}"
+        self.identity = f"{weights_hash(module)}-x{upsample if vit is not None else 0}"
 
     def to(self, device: torch.device | str) -> TwoTowers:
         """Move it, and return it."""
@@ -149,7 +155,7 @@ class TwoTowers:
         return torch.stack([F.normalize(found.float(), dim=-1) for found in of_each]).mean(0)
 
     def _prepared(self, images: Tensor) -> Tensor:
-        return self._normalize(resize(images.to(self.device), self.img_size, self._interpolation))
+        return self._normalize(resize(images.to(self.device), self.img_size, self.interpolation))
 
     def _joined(self, found: list[Tensor]) -> Tensor:
         return torch.cat(found) if found else torch.zeros(0, self.dim, device=self.device)
@@ -178,6 +184,36 @@ def open_encoder(name: str, *, upsample: int = _UPSAMPLE) -> TwoTowers:
             "such as open_clip:ViT-B-32-quickgelu/openai.",
         )
     return from_network(network, name=name, upsample=upsample)
+
+
+def is_encoder(name: str) -> bool:
+    """Whether a name stands for an image-text encoder; none is loaded to find out."""
+    if name.startswith(OPEN_CLIP):
+        return True
+    try:
+        resolved = resolve_name(name)
+    except RequestError:
+        return False
+    return resolved.source == "package" and resolved.path is not None and "text" in read_card(resolved.path)
+
+
+#: What class names are put into where nobody says so: phrases about photographs for encoders of these.
+_OWN_TEMPLATES = ("a {}",)
+_PHOTO_TEMPLATES = (
+    "a photo of a {}",
+    "a photo of one {}",
+    "a picture that shows a {}",
+    "a {} in a scene",
+    "a close view of a {}",
+    "a {} seen from far away",
+    "a small {}",
+    "a large {}",
+)
+
+
+def usual_templates(name: str) -> tuple[str, ...]:
+    """Return what class names are put into for the encoder called ``name``, where nobody says so."""
+    return _PHOTO_TEMPLATES if name.startswith(OPEN_CLIP) else _OWN_TEMPLATES
 
 
 def from_network(network: Network, *, name: str, upsample: int = _UPSAMPLE) -> TwoTowers:
@@ -273,7 +309,8 @@ def _built(open_clip: Any, name: str, architecture: str, file: str | None, tag: 
 # Both -----------------------------------------------------------------------------------------------------------------
 
 
-def _weights_hash(module: nn.Module) -> str:
+def weights_hash(module: nn.Module) -> str:
+    """Return what changes with the weights of a module, or their names."""
     digest = hashlib.sha256()
     for part in _parts(module):
         digest.update(part)

@@ -57,7 +57,7 @@ def preflight(
         WorkError: If its outputs are not finite, or differ between two passes over the same images.
     """
     teacher.to(device).eval().requires_grad_(False)
-    findings = [Finding("ok", f"{name}: eval mode, frozen, sees {_describe_input(teacher)}")]
+    findings = [Finding("ok", f"{name}: eval mode, frozen, sees {describe_input(teacher)}")]
     right = count = labeled = 0
     share: list[Tensor] = []
     first: Tensor | None = None
@@ -118,7 +118,8 @@ def _hits(logits: Tensor, targets: Tensor | Sequence[Tensor]) -> tuple[int, int]
     return right, labeled
 
 
-def _describe_input(teacher: Network) -> str:
+def describe_input(teacher: Network) -> str:
+    """Say what a network is shown."""
     spec = teacher.input
     mean, std = (" ".join(f"{value:.3f}" for value in values) for values in (spec.mean, spec.std))
     return f"{spec.img_size[0]} x {spec.img_size[1]} pixels, mean {mean}, std {std}"

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from visionkd.config.schema import DistillConfig
 from visionkd.errors import Problem, RequestError
 from visionkd.hub.package import save_package
+from visionkd.methods._supervised import Supervised
 from visionkd.methods.kd import KD, KDOptions
 from visionkd.models.network import Network
 from visionkd.tasks.make import task_of
@@ -28,7 +30,8 @@ _MIN_LR_RATIO = 0.01
 class Int8Tail:
     """What follows the training where the student is to compute in INT8.
 
-    The teacher teaches by ``kd``, whatever the method before it was: a quantised network gives logits only.
+    The teacher teaches by ``kd``, whatever the method before it was: a quantised network gives logits only. A
+    detector learns from its boxes.
 
     Args:
         config: Settings of the run, resolved.
@@ -80,7 +83,8 @@ class Int8Tail:
             save_package(student.cpu(), kept, task=data.task, classes=data.classes, metrics={}, origin={})
         run.wait_for_path(kept)
         plain = load_network(str(kept))
-        if not teachers and self.int8.epochs != 0:  # of a method whose teacher is shown the labels
+        # of a method whose teacher is shown the labels
+        if not teachers and self.int8.epochs != 0 and data.task != "detection":
             listener.message("The float student teaches its INT8 form: the teacher of the method is shown the labels")
             teachers = [load_network(str(kept))]
         network = calibrate_once(
@@ -104,8 +108,16 @@ class Int8Tail:
         with stages.stage("qat", f"Train {network.architecture} with its quantisers on") as todo:
             if not todo and run.model.is_dir():
                 return load_network(str(run.model))
-            listener.message(f"Quantisation-aware training by kd: {budget_text(config, data)}")
             network = network.train().requires_grad_(True)
+            settings: dict[str, Any] = {
+                "student": network, "int8": self.int8, "data": data, "config": config, "img_size": self.img_size,
+                "run": run, "stage": "qat", "listener": listener,
+            }  # fmt: skip
+            if network.task == "detection":  # the answers of a detector are boxes, which kd says nothing about
+                listener.message(f"Quantisation-aware training on the boxes: {budget_text(config, data)}")
+                alone = partial(Supervised, student=network, task=task_of(data, config), config=config)
+                return fit_int8(lambda budget: alone(budget=budget), **settings)
+            listener.message(f"Quantisation-aware training by kd: {budget_text(config, data)}")
             labels = labels_for(
                 config, data=data, teachers=teachers, temperature=KD.label_temperature(self.options),
                 img_size=self.img_size, student=network, listener=listener,
@@ -115,9 +127,7 @@ class Int8Tail:
                 task=task_of(data, config),
             )  # fmt: skip
             return fit_int8(
-                lambda budget: build(budget=budget), student=network, int8=self.int8, data=data, config=config,
-                img_size=self.img_size, run=run, stage="qat", listener=listener, labels=labels,
-                views=config.label_store,
+                lambda budget: build(budget=budget), labels=labels, views=config.label_store, **settings
             )  # fmt: skip
 
 

@@ -11,14 +11,15 @@ import numpy as np
 from visionkd.data.open import open_data
 from visionkd.data.subset import SubsetSource
 from visionkd.errors import Problem, RequestError, UnreadableImageError, WorkError
-from visionkd.export.accuracy import Truth, truth_of
+from visionkd.export.accuracy import Truth, boxes_truth, truth_of
+from visionkd.export.differences import Differences
 from visionkd.export.tensorrt import EngineOptions, build_engine, default_timing_cache
 from visionkd.files import check_writable
 from visionkd.runtime.bundle_file import is_bundle, read_bundle
 from visionkd.runtime.cuda_driver import find_device
 from visionkd.runtime.engine_file import ENGINE_SUFFIX, EngineInfo, Library, engine_name
 from visionkd.runtime.onnx_file import read_onnx_file
-from visionkd.runtime.preprocess import preprocess, stretch, to_batch
+from visionkd.runtime.preprocess import letterbox, preprocess, stretch, to_batch
 from visionkd.runtime.session import ONNX_SUFFIX, Session, is_engine_file, open_session
 from visionkd.runtime.zoo_name import local_model
 from visionkd.types import Listener
@@ -179,19 +180,18 @@ class _Comparison:
         self.num_images = len(images)
         reference = self._reference()
         tallies = [truth.tally(), truth.tally()] if truth is not None else []
-        largest = scale = 0.0
+        seen = Differences(session.rule)
         for start in range(0, len(images), _BATCH):
             batch = to_batch(images[start : start + _BATCH])
-            given = session.predict_logits(batch)
+            given = session.answers(batch)
             if not np.isfinite(given).all():
                 raise WorkError(
                     "the engine answers with values that are not finite", hint="Build it with --precision fp32."
                 )
             answers = [given]
             if reference is not None:
-                answers.append(reference.predict_logits(batch))
-                largest = max(largest, float(np.abs(given - answers[1]).max()))
-                scale = max(scale, float(np.abs(answers[1]).max()))
+                answers.append(reference.answers(batch))
+                seen.add(given, answers[1], averaged=False)
             for tally, logits in zip(tallies, answers, strict=False):
                 tally.add(logits)
         names = ("engine", "onnx") if reference is not None else ("engine",)
@@ -199,8 +199,8 @@ class _Comparison:
             percents = [tally.percent() for tally, _ in zip(tallies, names, strict=False)]
             self.accuracies = {f"{truth.metric}_{name}": value for name, value in zip(names, percents, strict=True)}
         if reference is not None:
-            self.max_abs_diff = largest
-            self._judge(scale, truth)
+            self.max_abs_diff = seen.largest
+            self._judge(seen.relative, truth)
 
     def _reference(self) -> Session | None:
         try:
@@ -209,12 +209,11 @@ class _Comparison:
             self.listener.message(f"The engine is not compared with its ONNX file: {error.message}", level="warning")
             return None
 
-    def _judge(self, scale: float, truth: Truth | None) -> None:
+    def _judge(self, share: float, truth: Truth | None) -> None:
         hint = "Report it with the versions from: visionkd doctor"
-        share = self.max_abs_diff / scale if scale > 0 else self.max_abs_diff
         if share > _TOLERANCE:
             raise WorkError(
-                f"the engine differs from '{self.source}' by {self.max_abs_diff:.3g}, {share:.2g} of the largest logit "
+                f"the engine differs from '{self.source}' by {self.max_abs_diff:.3g}, {share:.2g} of the largest value "
                 f"({_TOLERANCE:g} is allowed), so that no file was written",
                 hint=hint,
             )
@@ -246,17 +245,24 @@ class _Comparison:
             chosen = SubsetSource(source, work_of(dataset.task).some(source, self.count, seed=0))
         outputs = len(session.classes) if session.classes is not None else len(dataset.classes)
         columns, _ = match_classes(session.classes, dataset.classes, outputs, str(self.source))
-        view = stretch if session.task == "segmentation" else preprocess
-        images, kept = [], []
+        images, kept, views = [], [], []
         for index in range(len(chosen)):
             try:
-                images.append(view(chosen.load(index), session.input))
-                kept.append(index)
+                picture = chosen.load(index)
             except UnreadableImageError:
                 continue
+            kept.append(index)
+            if session.task == "detection":
+                view, scale = letterbox(picture, session.input)
+                views.append((scale, (picture.height, picture.width)))
+            else:
+                view = (stretch if session.task == "segmentation" else preprocess)(picture, session.input)
+            images.append(view)
         if not images:
             raise RequestError("None of the images to compare on can be read.", hint="Give other data with --data.")
         targets = [chosen.target(index) for index in kept]
+        if session.rule is not None:
+            return images, boxes_truth(targets, views, rule=session.rule, columns=columns, num_classes=outputs)
         known = all(np.ndim(target) or target >= 0 for target in targets)
         return images, truth_of(targets, columns=columns, num_classes=outputs) if known else None
 
@@ -292,4 +298,6 @@ def _result(path: Path, info: EngineInfo, compared: _Comparison) -> EngineResult
         num_verify_images=compared.num_images,
         miou_onnx=compared.accuracies.get("miou_onnx"),
         miou_engine=compared.accuracies.get("miou_engine"),
+        ap_onnx=compared.accuracies.get("ap_onnx"),
+        ap_engine=compared.accuracies.get("ap_engine"),
     )

@@ -19,11 +19,12 @@ from visionkd.data.subset import stratified_subset
 from visionkd.errors import Problem, RequestError
 from visionkd.export import gate
 from visionkd.export.accuracy import Truth
+from visionkd.export.answers import difference
 from visionkd.export.int8_graph import is_int8
 from visionkd.export.onnx import export_onnx, portable
 from visionkd.export.qdq import MIN_OPSET, Target, float_results, to_target
 from visionkd.export.ranges import measure_ranges
-from visionkd.export.verify import Verification, rms_difference, verify_int8
+from visionkd.export.verify import Verification, verify_int8
 from visionkd.models.network import Network
 from visionkd.quantization.insert import float_layers, float_network
 from visionkd.types import Listener, Source
@@ -68,7 +69,7 @@ def export_int8(
         verify_images: Images of ``source`` to use.
         columns: Output of each class of ``source``; None where they are the same.
         opset: ONNX operator set.
-        max_drop: Largest loss of accuracy (top-1 or mIoU) against the float twin, in points.
+        max_drop: Largest loss of accuracy (top-1, mIoU or AP) against the float twin, in points.
         min_speedup: Least speed-up against the float twin; ``cpu`` alone is timed.
         int8: Settings of the quantisation.
         reference: Float network that the loss of accuracy is against; None takes ``network`` without its quantisers.
@@ -97,7 +98,7 @@ def export_int8(
     else:
         listener.message("Without labels the loss of accuracy is not known, and --max-drop not looked at", "warning")
     quantized, left_float, ranked = _accurate(quantized, images, expected, truth, accuracy, max_drop, listener)
-    own_error = rms_difference(gate.logits_of(quantized, images).numpy(), expected.numpy())
+    own_error = difference(quantized, gate.logits_of(quantized, images), expected)
     found: list[Verification] = []
     times: list[tuple[float, float]] = []
 

@@ -17,7 +17,7 @@ from visionkd.data.loader import eval_loader
 from visionkd.data.subset import SubsetSource
 from visionkd.data.views import eval_view
 from visionkd.errors import RequestError
-from visionkd.export.accuracy import Truth, truth_of
+from visionkd.export.accuracy import Truth, boxes_truth, truth_of
 from visionkd.export.onnx import export_onnx
 from visionkd.export.verify import Verification, verify_onnx
 from visionkd.files import write_text
@@ -29,7 +29,7 @@ from visionkd.workflows.results import ExportResult
 
 _RANDOM_IMAGES = 8
 _LATENCY_ROUNDS = 5
-_IMAGES, _LEAST_IMAGES, _PIXELS = 256, 16, 2**24
+_IMAGES, _LEAST_IMAGES, _PIXELS, _NUMBERS = 256, 16, 2**24, 2**26
 
 
 def export_network(
@@ -57,8 +57,8 @@ def export_network(
     )
     check = found[0]
     listener.message(
-        f"{path} agrees with PyTorch on {check.num_images} images: largest difference of a logit"
-        f" {check.max_abs_diff:.2g},"
+        f"{path} agrees with PyTorch on {check.num_images} images: largest difference of a"
+        f" {'score' if network.task == 'detection' else 'logit'} {check.max_abs_diff:.2g},"
         f" same class for {check.agreement:.1f} %{of_pixels(network)}"
     )
     result = replace(
@@ -71,7 +71,7 @@ def export_network(
 
 def of_pixels(network: Network) -> str:
     """Say what the share of equal answers is of, where it is not of the images."""
-    return " of the pixels" if network.task == "segmentation" else ""
+    return {"segmentation": " of the pixels", "detection": " of the candidates"}.get(network.task, "")
 
 
 def accuracies(truth: Truth | None, **values: float | None) -> dict[str, float | None]:
@@ -83,7 +83,10 @@ def default_images(network: Network) -> int:
     """Return how many images a file is compared on where nothing is said: fewer of them where each is a large map."""
     if network.task == "classification":
         return _IMAGES
-    return min(_IMAGES, max(_LEAST_IMAGES, _PIXELS // math.prod(network.input.img_size)))
+    most = _PIXELS // math.prod(network.input.img_size)
+    if network.task == "detection":  # all candidates of all images are kept
+        most = min(most, _NUMBERS // (sum(map(len, network.anchors())) * (4 + network.num_classes)))
+    return min(_IMAGES, max(_LEAST_IMAGES, most))
 
 
 def verification_images(
@@ -118,6 +121,12 @@ def verification_images(
     if not batches:
         raise RequestError("None of the images to compare on can be read.", hint="Give other data with --data.")
     images = torch.cat([batch["image"] for batch in batches])
+    if network.task == "detection":
+        boxes = [target for batch in batches for target in batch["target"]]
+        views = [(float(target["scale"]), tuple(target["size"].tolist())) for target in boxes]
+        return images, boxes_truth(
+            boxes, views, rule=network.rule(), columns=columns, num_classes=network.num_classes
+        )  # fmt: skip
     targets = [np.asarray(target) for batch in batches for target in batch["target"]]
     if network.task == "segmentation":
         known = targets[0].ndim == 2 and any((target != IGNORE).any() for target in targets)
@@ -145,8 +154,11 @@ def record(path: Path, result: ExportResult, details: Mapping[str, Any] | None =
         "max_abs_diff": result.max_abs_diff,
         "top1_torch": result.top1_torch,
         "top1_exported": result.top1_exported,
-        **({} if result.miou_torch is None else {"miou_torch": result.miou_torch}),
-        **({} if result.miou_exported is None else {"miou_exported": result.miou_exported}),
+        **{
+            name: value
+            for name in ("miou_torch", "miou_exported", "ap_torch", "ap_exported")
+            if (value := getattr(result, name)) is not None
+        },
         "num_verify_images": result.num_verify_images,
         **(details or {}),
     }

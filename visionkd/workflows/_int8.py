@@ -33,6 +33,7 @@ from visionkd.quantization.insert import (
     unfreeze,
 )
 from visionkd.types import DataSet, Listener, Progress, Source
+from visionkd.workflows._int8_boxes import BlankBoxes
 from visionkd.workflows._int8_maps import BlankMaps
 from visionkd.workflows._networks import image_batches, load_network
 from visionkd.workflows._rundir import RunDirectory
@@ -50,8 +51,8 @@ _SHOWN = 5
 def images_for(network: Network, config: RunConfig, *, model: str, listener: Listener) -> DataSet:
     """Open data for a trained network whose ranges or accuracy are asked for: any images will do.
 
-    A network that names pixels takes images without maps too: their pixels have no labels then, and labels of whole
-    images, if any, are not looked at.
+    A network that names pixels, or finds boxes, takes images without maps or boxes too; labels of whole images, if any,
+    are not looked at.
 
     Args:
         network: The network.
@@ -60,7 +61,7 @@ def images_for(network: Network, config: RunConfig, *, model: str, listener: Lis
         listener: Is told what happens.
 
     Raises:
-        RequestError: If the data has maps of classes and the network names whole images.
+        RequestError: If the data has maps or boxes, and the network is not for these.
     """
 
     def names() -> tuple[str, ...]:
@@ -71,10 +72,11 @@ def images_for(network: Network, config: RunConfig, *, model: str, listener: Lis
         config.data.path, config=config.data, seed=config.data.split_seed, img_size=max(network.input.img_size),
         task=network.task if drawn else config.task, classes=names,
     )  # fmt: skip
-    if network.task == "segmentation" and data.task == "classification":
+    kind = {"segmentation": BlankMaps, "detection": BlankBoxes}.get(network.task)
+    if kind is not None and data.task == "classification":
         if any(bool((targets_of(source) >= 0).any()) for source in data.splits.values()):
             listener.message("The labels are not looked at: they name whole images", level="warning")
-        blank = {name: BlankMaps(source) for name, source in data.splits.items()}
+        blank = {name: kind(source) for name, source in data.splits.items()}
         return replace(data, task=network.task, classes=names(), splits=blank)
     check_task(model, network.task, data.task, key="--data")
     return data

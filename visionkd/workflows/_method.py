@@ -12,7 +12,7 @@ from visionkd.config.schema import DistillConfig
 from visionkd.errors import Problem, RequestError
 from visionkd.methods._base import DistillationModule
 from visionkd.models.network import Network
-from visionkd.types import Listener
+from visionkd.types import Listener, TaskName
 from visionkd.workflows._request import AUTO_METHODS, METHODS
 
 
@@ -72,8 +72,31 @@ def trains_own_teacher(config: DistillConfig, student: Network) -> bool:
     return known and registry.load(METHODS, name, key="--method").METHOD.trains_teacher
 
 
+def takes_encoder(config: DistillConfig, student: Network) -> bool:
+    """Whether the teacher of a run is an image-text encoder, which is no network that names classes."""
+    name = config.method
+    if name == "auto" and not config.losses and student.task == "detection":
+        from visionkd.teachers.encoders import is_encoder
+
+        if not is_encoder(config.teachers[0].name):
+            return False
+        name = AUTO_METHODS["image-text encoder"]
+    known = name in registry.names(METHODS)
+    return known and registry.load(METHODS, name, key="--method").METHOD.takes_encoder
+
+
+def methods_for(task: TaskName) -> list[str]:
+    """Return the names of the methods that support a task."""
+    names = registry.names(METHODS)
+    return [name for name in names if task in registry.load(METHODS, name, key="--method").METHOD.tasks]
+
+
 def suggested_method(*, student: Network, teachers: Sequence[Network], unlabeled: bool = False) -> tuple[str, str]:
     """Return what ``--method auto`` takes, and why where it is not the usual one."""
+    if not teachers:
+        return AUTO_METHODS["image-text encoder"], "The teacher is an image-text encoder"
+    if student.task == "detection":
+        return AUTO_METHODS["detection"], "Student and teacher find boxes"
     if student.task == "segmentation":
         return AUTO_METHODS["segmentation"], "The data's labels are maps, which a teacher can be shown"
     if len(teachers) > 1:
@@ -108,6 +131,10 @@ def _combination(config: DistillConfig, student: Network) -> tuple[type[Distilla
             problems.append(Problem(f"losses.{name}", "unknown method", f"Known: task_loss, {', '.join(known)}"))
             continue
         method = registry.load(METHODS, name, key="losses").METHOD
+        if method.takes_encoder:
+            said = "learns from an image-text encoder, and goes with no other method"
+            problems.append(Problem(f"losses.{name}", said, f"Give --method {name} alone."))
+            continue
         wrong = options_problems(method.Options, loss.options)
         problems += [Problem(f"losses.{name}.{each.key}", each.message, each.hint) for each in wrong]
         if not wrong:

@@ -24,6 +24,7 @@ from visionkd.models.label_input import sees_labels
 from visionkd.models.network import Network
 from visionkd.teachers.fit import cache_features, fit_probe
 from visionkd.teachers.preflight import Preflight, preflight
+from visionkd.teachers.preflight_boxes import preflight_boxes
 from visionkd.types import DataSet, Listener, Progress, Source
 from visionkd.workflows._rundir import RunDirectory
 from visionkd.workflows._tasks import work_of
@@ -143,7 +144,8 @@ def look_at_teacher(
                 return
             yield batch
 
-    found = preflight(teacher, limited(), num_classes=len(data.classes), device=torch_device(config.compute), name=name)
+    look = preflight_boxes if data.task == "detection" else preflight
+    found = look(teacher, limited(), num_classes=len(data.classes), device=torch_device(config.compute), name=name)
     seconds_per_image = (time.perf_counter() - start) / (found.num_images + 16)  # the first batch is run twice
     for finding in found.findings:
         listener.message(finding.text, level="warning" if finding.status == "warning" else "info")

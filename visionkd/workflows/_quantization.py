@@ -23,6 +23,7 @@ from visionkd.tasks.make import task_of
 from visionkd.types import DataSet, Listener, Source
 from visionkd.workflows._classification import answer
 from visionkd.workflows._int8 import LR_RATIO, calibrate_once, fit_int8, images_for
+from visionkd.workflows._int8_boxes import BlankBoxes, RenamedBoxes, answered_boxes
 from visionkd.workflows._int8_maps import BlankMaps, RenamedMaps, answered_maps
 from visionkd.workflows._labels import labels_for, resolve_label_store
 from visionkd.workflows._method import choose_method
@@ -97,8 +98,8 @@ class Quantization:
                 raise RequestError(Problem("--data", f"{data.name} has no training images"))
             self.listener.message("There are no training images: ranges come from validation images", level="warning")
             data = replace(data, splits={**data.splits, "train": data.splits["val"]})
-        if network.task == "segmentation":
-            return self._open_maps(data, names)
+        if network.task != "classification":
+            return self._open_dense(data, names)
         has_labels = bool((targets_of(data.splits["val"]) >= 0).any())
         aligned = align_classes(network.classes, data.classes, network.num_classes)
         if not has_labels or aligned.columns is None:
@@ -114,18 +115,23 @@ class Quantization:
         self.listener.message(f"{len(data.classes)} of the network's {network.num_classes} classes are in the data")
         return replace(data, classes=names, splits=splits), True
 
-    def _open_maps(self, data: DataSet, names: tuple[str, ...]) -> tuple[DataSet, bool]:
-        """Return data for a network that names pixels, with maps of its own classes if there are any."""
-        if isinstance(data.splits["val"], BlankMaps):
+    def _open_dense(self, data: DataSet, names: tuple[str, ...]) -> tuple[DataSet, bool]:
+        """Return data for a network that names pixels or finds boxes, with targets of its own classes if it has any."""
+        boxes = self.network.task == "detection"
+        if isinstance(data.splits["val"], (BlankMaps, BlankBoxes)):
             return replace(data, note=_NO_LABELS), False
         aligned = align_classes(self.network.classes, data.classes, self.network.num_classes)
         if aligned.identity:
             return data, True
         if aligned.columns is not None:
-            splits = {name: RenamedMaps(source, aligned.columns) for name, source in data.splits.items()}
+            renamed = RenamedBoxes if boxes else RenamedMaps
+            splits = {name: renamed(source, aligned.columns) for name, source in data.splits.items()}
             return replace(data, classes=names, splits=splits), True
-        self.listener.message(f"The maps are not looked at: {aligned.note}", level="warning")
-        blank = {name: BlankMaps(source) for name, source in data.splits.items()}
+        self.listener.message(
+            f"The {'boxes' if boxes else 'maps'} are not looked at: {aligned.note}", level="warning"
+        )
+        blank_of = BlankBoxes if boxes else BlankMaps
+        blank = {name: blank_of(source) for name, source in data.splits.items()}
         return replace(data, classes=names, splits=blank, note=_NO_LABELS), False
 
     def _distillation(self) -> DistillConfig:
@@ -208,6 +214,9 @@ class Quantization:
         if self.network.task == "segmentation":
             answered = answered_maps(self.network, source, config=self.config, listener=listener)
             return replace(self.data, splits={**self.data.splits, "val": answered})
+        if self.network.task == "detection":
+            boxes = answered_boxes(self.network, source, config=self.config, listener=listener)
+            return replace(self.data, splits={**self.data.splits, "val": boxes})
         found = answer(
             self.network, source, device=torch_device(self.config.compute), batch_size=64,
             workers=self.config.data.workers or 0, listener=listener,

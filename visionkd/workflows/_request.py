@@ -30,7 +30,11 @@ AUTO_METHODS = {
     "unlabeled images": "ssld",
     "other family": "ofa_kd",
     "segmentation": "lad",
+    "detection": "fgd",
+    "image-text encoder": "oadp",
 }
+#: Methods whose teacher may be an image-text encoder.
+_ENCODED = ("auto", AUTO_METHODS["image-text encoder"])
 #: The command line's option behind each key of the configuration that has one.
 _OPTIONS = {
     "teachers": "--teacher",
@@ -137,9 +141,11 @@ def _wrong_names(values: Mapping[str, Any]) -> Iterator[Problem]:
     Args:
         values: A configuration's values; what is not of its type is reported elsewhere.
     """
-    from visionkd.models.names import resolve_name  # needs timm, which not every command does
+    from visionkd.models.names import OPEN_CLIP, resolve_name  # needs timm, which not every command does
 
     for key, name in _names(values):
+        if key.startswith("teachers.") and name.startswith(OPEN_CLIP) and values.get("method", "auto") in _ENCODED:
+            continue  # the method opens it
         try:
             resolve_name(name)
         except RequestError as error:
@@ -183,7 +189,7 @@ def _wrong_args(values: Mapping[str, Any], key: str, name: str) -> Iterator[Prob
         return
     from visionkd.models.factory import args_problems  # needs torch
 
-    task = "segmentation" if values.get("task") == "segmentation" else None
+    task = values["task"] if values.get("task") in ("segmentation", "detection") else None
     try:
         config = NetworkConfig(name=name, **given)
     except ValidationError:  # reported with all other values of the wrong type

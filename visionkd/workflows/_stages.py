@@ -18,10 +18,11 @@ from visionkd.benchmark.record import processor, versions
 from visionkd.config.int8 import Int8RunConfig
 from visionkd.config.schema import NetworkConfig, RunConfig
 from visionkd.data.open import open_data
-from visionkd.errors import DataError
+from visionkd.errors import DataError, Problem, RequestError
 from visionkd.export.gate import Refused
 from visionkd.files import write_text
 from visionkd.models.network import Network
+from visionkd.tasks.make import task_of
 from visionkd.types import DataSet, Listener
 from visionkd.workflows import _finish
 from visionkd.workflows._networks import load_network, refuse_privileged, seeded_network
@@ -63,6 +64,8 @@ def open_for_training(
     refuse_privileged(created, network.name)
     key = "--student" if hasattr(config, "student") else "--model"
     check_task(network.name, created.task, data.task, key=key)
+    check_export(config, created)
+    task_of(data, config)  # refuses settings of other tasks before anything is made
     if config.data.path == "shapes" and config.data.shapes.size is None:
         # scenes are drawn at the size that is looked at
         config.data.shapes.size = min(640, max(32, *created.input.img_size))
@@ -74,6 +77,20 @@ def open_for_training(
                 hint=f"Look at it with 'visionkd data check {config.data.path}'.",
             )
     return data, created
+
+
+def check_export(config: RunConfig, network: Network) -> None:
+    """Refuse to train for a file that the network has no form for.
+
+    Raises:
+        RequestError: If it is a detector of two stages.
+    """
+    int8 = getattr(config, "int8", None)
+    asked = {"--export": bool(config.export.formats), "--int8": int8 is not None and getattr(int8, "enabled", False)}
+    if network.task == "detection" and network.two_stage and any(asked.values()):
+        refusal = network.no_candidates()
+        problems = [Problem(name, refusal.message) for name, given in asked.items() if given]
+        raise RequestError(problems, hint=refusal.hint)
 
 
 def _settle_batch_size(config: RunConfig, data: DataSet) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from visionkd.models.network import Network
     from visionkd.runtime.session import Session
 
-TASKS: tuple[TaskName, ...] = ("classification", "segmentation")
+TASKS: tuple[TaskName, ...] = ("classification", "segmentation", "detection")
 
 
 class Answers(Protocol):
@@ -130,8 +130,7 @@ def work_of(task: TaskName) -> Work:
         RequestError: If this version has no workflows for it.
     """
     if task not in TASKS:
-        hint = f"Use {' or '.join(TASKS)}"
-        raise RequestError(Problem("--task", f"'{task}' is not supported yet by this version", hint))
+        raise RequestError(Problem("--task", f"'{task}' is unknown", f"Use {' or '.join(TASKS)}"))
     return cast(Work, importlib.import_module(f"visionkd.workflows._{task}"))
 
 
@@ -149,12 +148,22 @@ def check_task(model: str, model_task: TaskName, data_task: TaskName, *, key: st
     """
     if model_task == data_task:
         return
-    said = {"classification": "names one class for an image", "segmentation": "names the class of every pixel"}
-    asked = {"classification": "one class for an image", "segmentation": "a class for every pixel"}
+    said = {
+        "classification": "names one class for an image",
+        "segmentation": "names the class of every pixel",
+        "detection": "finds boxes",
+    }
+    asked = {
+        "classification": "one class for an image",
+        "segmentation": "a class for every pixel",
+        "detection": "boxes",
+    }
     hint = {
         "segmentation": "Take a segmentation network, HEAD_BACKBONE: for example deeplabv3plus_mobilenetv3_large_100,"
         " fpn_resnet18, or torchvision's deeplabv3_mobilenet_v3_large.",
+        "detection": "Take a detector, DETECTOR_BACKBONE: for example fcos_mobilenetv3_large_100, fasterrcnn_resnet18,"
+        " or torchvision's ssdlite320_mobilenet_v3_large.",
         "classification": "Take a network that labels images, for example resnet50, or give other data with --data.",
     }
-    problem = f"'{model}' {said.get(model_task, model_task)}, and the data has {asked.get(data_task, data_task)}"
+    problem = f"'{model}' {said[model_task]}, and the data has {asked[data_task]}"
     raise RequestError(Problem(key, problem), hint=hint.get(data_task))

@@ -233,7 +233,7 @@ def _loaders(
     batch = config.training.batch_size // (trainer.world_size * config.training.accumulate)
     train = train_loader(
         data.splits["train"],
-        train_view(data.task, config, img_size=img_size, interpolation=student.input.interpolation),
+        train_view(data.task, config, img_size=img_size, spec=student.input),
         batch_size=batch,
         seed=config.training.seed,
         cache=config.data.cache,

@@ -25,7 +25,7 @@ from visionkd.workflows._zoo_run import History, complexity_of, data_name, forms
 from visionkd.workflows.evaluate import evaluate
 
 #: Metrics that a card keeps; the others of a run are for its report.
-_METRICS = ("top1", "top5", "miou", "pixel_acc", "map", "map50", "map75")
+_METRICS = ("top1", "top5", "miou", "pixel_acc", "ap", "ap50", "ap75", "ap50_base", "ap50_novel")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,11 @@ from visionkd.workflows._zoo_card import card_text
 
 HUB = "hub:"
 
+#: What the hub calls each task.
+_TAGS = {
+    "classification": "image-classification", "segmentation": "image-segmentation", "detection": "object-detection",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class ZooPushed:
@@ -156,7 +161,7 @@ def _with_sources(card: Card, sources: dict[str, Any]) -> Card:
 
 def readme(card: Card) -> str:
     """Return the page of a hub repository."""
-    lines = ["---", f"license: {card.licence}", "library_name: visionkd", "tags:", f"- image-{card.task}", "---", ""]
+    lines = ["---", f"license: {card.licence}", "library_name: visionkd", "tags:", f"- {_TAGS[card.task]}", "---", ""]
     lines += [f"# {card.name}", "", f"{card.title}.", ""]
     lines += ["```", f"visionkd eval DIR --data {card.data}    # DIR: this repository, downloaded", "```", ""]
     for title, texts in (("Good for", card.good_for), ("Bad for", card.bad_for), ("Notes", card.notes)):

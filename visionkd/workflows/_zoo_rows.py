@@ -10,7 +10,7 @@ from visionkd.errors import Problem, RequestError, did_you_mean
 from visionkd.hub.card import Card, Latency, Measurement
 
 #: Metrics that have a column of their own; the main one of each task.
-METRICS = {"classification": "top1", "segmentation": "miou", "detection": "map50"}
+METRICS = {"classification": "top1", "segmentation": "miou", "detection": "ap"}
 #: Costs that can be limited.
 COSTS = ("params_m", "macs_g", "size_mb", "latency_ms")
 #: Columns whose largest value is the best one.
@@ -27,7 +27,7 @@ class ZooRow:
         data: Data set that the metric was measured on; the one trained on where there is no metric.
         top1: Accuracy in percent.
         miou: Mean intersection over union in percent.
-        map50: Mean average precision at an overlap of 0.5, in percent.
+        ap: Mean average precision of COCO, in percent.
         params_m: Parameters in millions.
         macs_g: Multiply-adds of one image in 10^9.
         size_mb: Bytes of the files in 10^6; four bytes a parameter where a publisher does not say.
@@ -43,7 +43,7 @@ class ZooRow:
     data: str
     top1: float | None
     miou: float | None
-    map50: float | None
+    ap: float | None
     params_m: float
     macs_g: float | None
     size_mb: float | None

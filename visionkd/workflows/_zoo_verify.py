@@ -136,7 +136,10 @@ def check_answers(pulled: Pulled) -> tuple[str, ...]:
     grey = np.full((1, 3, height, width), 0.5, np.float32)
     if is_model_file(pulled.model):
         session = open_session(pulled.model)
-        spec, logits = session.input, session.predict_logits(grey)
+        spec = session.input
+        logits = np.swapaxes(session.predict_candidates(grey)[1], 1, 2) if card.task == "detection" else (
+            session.predict_logits(grey)
+        )
     else:
         spec, logits = _network_logits(pulled.model, grey)
     problems = _differences(card, spec)
@@ -157,8 +160,13 @@ def _network_logits(model: str, image: np.ndarray) -> tuple[InputSpec, np.ndarra
 
     network = load_network(model).eval()
     with torch.inference_mode():
-        logits = network(torch.from_numpy(image)).logits
-    return network.input, None if logits is None else logits.float().numpy()
+        answer = network(torch.from_numpy(image))
+    if network.task == "detection":  # the scores of what it found, each in the row of its class
+        found = answer.boxes[0]
+        scores = torch.zeros(1, network.num_classes, len(found.scores))
+        scores[0, found.labels, torch.arange(len(found.scores))] = found.scores.float()
+        return network.input, scores.numpy()
+    return network.input, None if answer.logits is None else answer.logits.float().numpy()
 
 
 def _differences(card: Card, spec: InputSpec) -> list[str]:

@@ -32,8 +32,9 @@ def check_data(*, data: str, options: Sequence[str] = (), listener: Listener | N
     """
     listener = listener or Listener()
     config = load_config(RunConfig, overrides={"data.path": data}, options=options)
+    every = config.data.model_copy(update={"novel": ()})  # nothing is hidden from this look
     dataset = open_data(
-        config.data.path, config=config.data, seed=config.data.split_seed, task=config.task, classes=lambda: ()
+        config.data.path, config=every, seed=config.data.split_seed, task=config.task, classes=lambda: ()
     )
     if not dataset.classes:
         listener.message("No image has a label: there are no class folders")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 
 from visionkd.config.schema import DistillConfig
@@ -15,12 +14,14 @@ from visionkd.methods._stage import TrainingStage
 from visionkd.models.classes import names_or_numbers
 from visionkd.models.network import Network
 from visionkd.tasks.make import task_of
-from visionkd.types import DataSet, Listener
+from visionkd.types import Listener
 from visionkd.workflows._distill_int8 import Int8Tail, check_int8
+from visionkd.workflows._embeddings import STAGE as EMBED
+from visionkd.workflows._embeddings import EncoderWork
 from visionkd.workflows._finetune import finetune_teacher
 from visionkd.workflows._finish import validation_figures
 from visionkd.workflows._labels import labels_for, resolve_label_store
-from visionkd.workflows._method import choose_method, method_name, trains_own_teacher
+from visionkd.workflows._method import choose_method, method_name, methods_for, takes_encoder, trains_own_teacher
 from visionkd.workflows._networks import (
     check_fit,
     load_network,
@@ -32,6 +33,7 @@ from visionkd.workflows._networks import (
 )
 from visionkd.workflows._request import build_config, check_mode, command_line, shared_overrides
 from visionkd.workflows._rundir import RunDirectory, open_run
+from visionkd.workflows._stage_settings import stage_config, stage_data
 from visionkd.workflows._stages import FLOAT, Stages, data_text, open_for_training, stages_of_export, write_environment
 from visionkd.workflows._tasks import check_task
 from visionkd.workflows._training import budget_text, check_compute, fit, resolve_training, run_path
@@ -160,13 +162,19 @@ class _Distillation:
         self.pool = open_pool(config)
         self.teachers: list[Network] = []
         self.data, self.student = open_for_training(config, config.student, classes=self._teacher_classes)
-        self._load_teachers(own=trains_own_teacher(config, self.student))
+        self.encodes = takes_encoder(config, self.student)
+        if not self.encodes:
+            self._load_teachers(own=trains_own_teacher(config, self.student))
         self.method, self.options = choose_method(
             config, student=self.student, teachers=self.teachers, listener=listener,
             unlabeled=needs_preparation(self.data, self.pool),
         )  # fmt: skip
         if config.int8.enabled:
             check_int8(config, self.student)
+        self.encoder: EncoderWork | None = None
+        if self.encodes:
+            self.encoder = EncoderWork(config, self.options, self.data, listener)
+            self.student = self.encoder.student(self.student)
         self.trainings = self.method.stages(config, self.options)
         #: Whether the outcome is an encoder without a classifier.
         self.pretrains = self.method.pretrains(self.options)
@@ -185,7 +193,8 @@ class _Distillation:
                 Problem(
                     "--method",
                     f"'{method_name(config)}' does not support {self.data.task}",
-                    f"It supports {', '.join(sorted(self.method.tasks))}.",
+                    f"It supports {', '.join(sorted(self.method.tasks))}. For {self.data.task} there is:"
+                    f" {', '.join(methods_for(self.data.task))}.",
                 )
             )
         # views are drawn at the largest size that a network was trained with, and each network resizes for itself
@@ -226,6 +235,8 @@ class _Distillation:
             names = [training.name for training in self.trainings]
             if needs_preparation(self.data, self.pool) and (self.asked or self.pool is not None):
                 names.insert(0, UNLABELED)
+            if self.encoder is not None and self.encoder.options.distills:
+                names.insert(len(names) - 1, EMBED)
             tail = self._int8_tail()
             names += tail.stages if tail is not None else []
             exports = stages_of_export(config, int8=config.int8 if tail is not None else None)
@@ -237,6 +248,8 @@ class _Distillation:
             self._say_method(listener)
             student = self.student
             for training in self.trainings:
+                if self.encoder is not None:
+                    self._embed(training, run, stages)
                 if training.trains == "teacher":
                     self.teachers = [self._train(self.teachers[0], training, run, listener, stages).eval()]
                 else:
@@ -271,6 +284,20 @@ class _Distillation:
             return None
         return Int8Tail(self.config, img_size=self.img_size, uses_labels=self.method.uses_labels, task=self.data.task)
 
+    def _embed(self, training: TrainingStage, run: RunDirectory, stages: Stages) -> None:
+        """Have the encoder look at the training images before the last training, which takes what it says."""
+        assert self.encoder is not None
+        self.regions = None
+        if run.is_done(training.name):
+            return
+        if training != self.trainings[-1] or not self.encoder.options.distills:
+            self.data = self.encoder.data_of_base()
+            return
+        with stages.stage(EMBED, "Show the training images to the encoder") as todo:
+            if todo and not run.writes:
+                run.wait_for(EMBED)
+            self.regions, self.data = self.encoder.regions(run)
+
     def _say_choices(self, listener: Listener) -> None:
         config = self.config
         for text in (
@@ -283,9 +310,11 @@ class _Distillation:
 
     def _say_method(self, listener: Listener) -> None:
         config = self.config
+        crop = config.segmentation.crop_size if self.data.task == "segmentation" else None
+        height, width = self.img_size if crop is None else (crop, crop) if isinstance(crop, int) else crop
         listener.message(
             f"Method {method_name(config)}: {', '.join(self.names)} -> {self.student.architecture},"
-            f" {budget_text(config, self.data)}, views of {self.img_size[0]} x {self.img_size[1]} pixels"
+            f" {budget_text(config, self.data)}, views of {height} x {width} pixels"
         )
 
     def _fit_teachers(self, run: RunDirectory, listener: Listener, stages: Stages) -> None:
@@ -293,7 +322,7 @@ class _Distillation:
             if not run.writes and todo and self.config.fit_teacher.mode != "finetune":  # which all ranks do together
                 run.wait_for("fit_teacher")
             findings = []
-            for number, (teacher, name) in enumerate(zip(self.teachers, self.names, strict=True)):
+            for number, (teacher, name) in enumerate(zip(self.teachers, self.names, strict=not self.encodes)):
                 if number not in self.asked:
                     continue
                 if needs_fit(teacher, self.data, self.config, listener, name=name):
@@ -350,6 +379,7 @@ class _Distillation:
             build = partial(
                 self.method.module_of(training, self.options), student=student,
                 teachers=() if of_teacher else self.teachers, task=task, config=config, options=self.options,
+                **({} if self.encoder is None else {"regions": self.regions}),
             )  # fmt: skip
             if training.epochs == 0:  # the method makes something of the student as it is
                 module = build(budget=Budget(steps_per_epoch=0, epochs=0))
@@ -368,23 +398,3 @@ class _Distillation:
                 if of_teacher:  # what it was shown makes its figures no figures of the run
                     run.update(teacher_metrics=run.take_metrics())
             return module.deployed_student
-
-
-def stage_config(config: DistillConfig, training: TrainingStage) -> DistillConfig:
-    """Return the configuration of one training of a method."""
-    changed = config.model_copy(deep=True)
-    assert changed.optimizer.lr is not None
-    changed.optimizer.lr *= training.lr_ratio
-    changed.training.epochs = training.epochs or config.training.epochs
-    for key, value in training.settings.items():
-        section, _, name = key.rpartition(".")
-        setattr(getattr(changed, section), name, value)
-    return changed
-
-
-def stage_data(data: DataSet, training: TrainingStage) -> DataSet:
-    """Return the data of one training of a method: all of it, or without the unlabelled images."""
-    if not training.labeled_only or "labeled" not in data.splits:
-        return data
-    splits = {**data.splits, "train": data.splits["labeled"]}
-    return replace(data, splits=splits, fingerprint=f"{data.fingerprint}.labeled")

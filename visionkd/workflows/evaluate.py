@@ -126,10 +126,11 @@ def data_config(data: str | None, *, run: Path | None, options: Sequence[str] = 
     text = None
     if run is not None:
         known = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
-        kept = {name: known[name] for name in ("data", "segmentation", "task") if name in known}
+        kept = {name: known[name] for name in ("data", "segmentation", "detection", "task") if name in known}
         kept.setdefault("data", {})
-        if data is not None:
+        if data is not None and data != kept["data"].get("path"):
             kept["data"]["path"] = data
+            kept["data"].pop("novel", None)  # of the data that the run was trained on
         text = yaml.safe_dump(kept)
     return load_config(
         RunConfig,

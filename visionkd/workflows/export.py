@@ -47,7 +47,7 @@ def export(
         opset: ONNX operator set; None takes the exporter's own.
         int8: Write an INT8 file; a float model is quantised on images of ``data`` first.
         target: ``cpu`` or ``tensorrt``: whom the INT8 file is for.
-        max_drop: Largest loss of top-1 (or mIoU) of INT8 against float, in points; layers stay in float to keep it.
+        max_drop: Largest loss of top-1 (mIoU, AP) of INT8 against float, in points; layers stay in float to keep it.
             None: 1.
         min_speedup: Least speed-up of INT8 against float on this processor. None: 1.
         bundle: Directory to write what travels to a device into: ONNX files, labels, preprocessing, a manifest.

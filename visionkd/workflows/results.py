@@ -59,10 +59,12 @@ class Prediction:
     Attributes:
         image: The file.
         labels: The most probable classes, most probable first; of a segmentation network those on the image, the
-            largest first.
-        probs: Their probabilities, in [0, 1]; of a segmentation network their shares of the pixels.
+            largest first; of a detector the class of each box, the highest score first.
+        probs: Their probabilities, in [0, 1]; of a segmentation network their shares of the pixels; of a detector the
+            scores.
         saved: The picture they were drawn on.
         saved_map: Palette picture whose values are the classes of the pixels.
+        boxes: Of a detector left, top, right and bottom of each box in pixels of the image; else None.
     """
 
     image: Path
@@ -70,6 +72,7 @@ class Prediction:
     probs: tuple[float, ...]
     saved: Path | None = None
     saved_map: Path | None = None
+    boxes: tuple[tuple[float, float, float, float], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,9 @@ class PredictResult:
 class ExportResult:
     """An exported file and how it was checked: largest difference of a logit, and accuracy in percent before and after.
 
-    The accuracy is top-1, or mIoU of a segmentation network; the other one is None. Of an INT8 file also that of the
-    float network, how many times faster than it the file is on this machine, and the layers that the gate left in
-    float.
+    The accuracy is top-1, mIoU of a segmentation network or AP of a detector; the others are None, and a detector's
+    difference is that of a score. Of an INT8 file also that of the float network, how many times faster than it the
+    file is on this machine, and the layers that the gate left in float.
     """
 
     file: Path
@@ -101,6 +104,9 @@ class ExportResult:
     miou_torch: float | None = None
     miou_exported: float | None = None
     miou_float: float | None = None
+    ap_torch: float | None = None
+    ap_exported: float | None = None
+    ap_float: float | None = None
 
 
 @dataclass(frozen=True)
@@ -118,11 +124,13 @@ class EngineResult:
         int8_layers: Those that compute in INT8.
         reformat_layers: Those that only change formats.
         max_abs_diff: Largest difference of a logit from ONNX Runtime; None where it was not compared.
-        top1_onnx: Accuracy of the ONNX file in percent; None for segmentation.
+        top1_onnx: Accuracy of the ONNX file in percent; None but for classification.
         top1_engine: Accuracy of the engine in percent.
         num_verify_images: Images compared on.
         miou_onnx: mIoU of the ONNX file in percent; None but for segmentation.
         miou_engine: mIoU of the engine in percent.
+        ap_onnx: AP of the ONNX file in percent; None but for detection.
+        ap_engine: AP of the engine in percent.
     """
 
     file: Path
@@ -140,6 +148,8 @@ class EngineResult:
     num_verify_images: int
     miou_onnx: float | None = None
     miou_engine: float | None = None
+    ap_onnx: float | None = None
+    ap_engine: float | None = None
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,14 @@ from torchvision.models import get_model_builder
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.fcos import FCOSHead
+from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
 from visionkd.models.detection.names import split_name
+from visionkd.models.detection.open_heads import OpenRoIHeads, OpenVocabulary, open_faster_rcnn
 
 #: What decides which boxes are answered, for every detector: torchvision's name of each differs.
 ANSWER_ARGS = ("score_threshold", "nms_threshold", "max_detections")
@@ -33,6 +34,8 @@ ANSWER_ARGS = ("score_threshold", "nms_threshold", "max_detections")
 TORCHVISION_ARGS = ("frozen_norm", *ANSWER_ARGS)
 #: Arguments of ``DETECTOR_BACKBONE``; all others go to the backbone.
 OWN_ARGS = ("channels", "head_convs", "head_dim", "min_stride", "anchor_scale", *TORCHVISION_ARGS)
+#: What makes a detector one whose classes are texts; nobody sets it by hand.
+OPEN_ARG = "open_vocabulary"
 #: Stride of the finest map that each looks at, and side of its anchors in strides.
 _MIN_STRIDE = {"fcos": 8, "retinanet": 8, "fasterrcnn": 4}
 _ANCHOR_SCALE = {"fcos": 1.0, "retinanet": 4.0, "fasterrcnn": 8.0}
@@ -67,9 +70,12 @@ class TimmPyramid(nn.Module):
         min_stride: Stride of the finest map that is taken.
         most: Most maps of the backbone that are taken, the deepest ones.
         two_more: Add two levels by strided convolutions; else one by pooling.
+        norm: Put batch norms behind the pyramid's convolutions.
     """
 
-    def __init__(self, body: nn.Module, *, channels: int, min_stride: int, most: int, two_more: bool) -> None:
+    def __init__(
+        self, body: nn.Module, *, channels: int, min_stride: int, most: int, two_more: bool, norm: bool = False
+    ) -> None:
         super().__init__()
         self.body = body
         self.channels_last = str(getattr(getattr(body, "output_fmt", None), "value", "NCHW")) == "NHWC"
@@ -79,7 +85,10 @@ class TimmPyramid(nn.Module):
         taken = [index for stride, index in last.items() if stride >= min_stride] or list(last.values())
         self.taken = taken[-most:]
         extra = LastLevelP6P7(channels, channels) if two_more else LastLevelMaxPool()
-        self.fpn = FeaturePyramidNetwork([widths[index] for index in self.taken], channels, extra_blocks=extra)
+        self.fpn = FeaturePyramidNetwork(
+            [widths[index] for index in self.taken], channels, extra_blocks=extra,
+            norm_layer=nn.BatchNorm2d if norm else None,
+        )  # fmt: skip
         own = [int(strides[index]) for index in self.taken]
         self.strides = [*own, 2 * own[-1], 4 * own[-1]] if two_more else [*own, 2 * own[-1]]
         self.out_channels = channels
@@ -106,7 +115,7 @@ def complete_args(architecture: str, args: Mapping[str, Any]) -> dict[str, Any]:
 
 def backbone_args(args: Mapping[str, Any]) -> dict[str, Any]:
     """Return those arguments of ``DETECTOR_BACKBONE`` that its backbone is built with."""
-    return {name: value for name, value in args.items() if name not in (*OWN_ARGS, "num_classes")}
+    return {name: value for name, value in args.items() if name not in (*OWN_ARGS, "num_classes", OPEN_ARG)}
 
 
 def build(architecture: str, args: Mapping[str, Any], *, body: nn.Module | None = None) -> nn.Module:
@@ -123,7 +132,7 @@ def build(architecture: str, args: Mapping[str, Any], *, body: nn.Module | None 
         body = timm.create_model(name, features_only=True, **backbone_args(args))
     pyramid = TimmPyramid(
         body, channels=args["channels"], min_stride=args["min_stride"], most=_MOST_MAPS[detector],
-        two_more=detector != "fasterrcnn",
+        two_more=detector != "fasterrcnn", norm=OPEN_ARG in args,
     )  # fmt: skip
     net = {"fcos": _fcos, "retinanet": _retinanet, "fasterrcnn": _faster_rcnn}[detector](pyramid, args)
     return _settled(net, args, eps=None)
@@ -166,7 +175,10 @@ def freeze_norm(net: nn.Module, *, eps: float | None) -> None:
         net: A detector; its names of parameters stay.
         eps: What is added to the variance; None keeps each norm's own.
     """
-    net.backbone = freeze_batch_norm_2d(net.backbone)
+    if is_open(net):  # its pyramid has norms of its own, which begin untrained
+        net.backbone.body = freeze_batch_norm_2d(net.backbone.body)
+    else:
+        net.backbone = freeze_batch_norm_2d(net.backbone)
     if eps is not None:
         for module in net.backbone.modules():
             if isinstance(module, FrozenBatchNorm2d):
@@ -178,7 +190,10 @@ def freeze_norm(net: nn.Module, *, eps: float | None) -> None:
 
 def _fcos(pyramid: TimmPyramid, args: Mapping[str, Any]) -> nn.Module:
     anchors = _anchors(pyramid, args, scales=(1.0,), ratios=(1.0,))
-    head = FCOSHead(args["channels"], 1, args["num_classes"], num_convs=args["head_convs"], norm_layer=_norm(args))
+    head = FCOSHead(args["channels"], 1, args["num_classes"], num_convs=0)
+    rest = {"num_convs": args["head_convs"], "norm_layer": _norm(args)}  # which its branches alone take
+    head.classification_head = FCOSClassificationHead(args["channels"], 1, args["num_classes"], **rest)
+    head.regression_head = FCOSRegressionHead(args["channels"], 1, **rest)
     return FCOS(pyramid, args["num_classes"], anchor_generator=anchors, head=head)
 
 
@@ -193,12 +208,15 @@ def _retinanet(pyramid: TimmPyramid, args: Mapping[str, Any]) -> nn.Module:
 
 
 def _faster_rcnn(pyramid: TimmPyramid, args: Mapping[str, Any]) -> nn.Module:
+    anchors = _anchors(pyramid, args, scales=(1.0,), ratios=(0.5, 1.0, 2.0))
+    if OPEN_ARG in args:
+        return open_faster_rcnn(pyramid, anchors, OpenVocabulary.from_dict(args[OPEN_ARG]))
     levels = [str(number) for number in range(len(pyramid.taken))]
     pool = MultiScaleRoIAlign(featmap_names=levels, output_size=7, sampling_ratio=2)
     return FasterRCNN(
         pyramid,
         num_classes=None,
-        rpn_anchor_generator=_anchors(pyramid, args, scales=(1.0,), ratios=(0.5, 1.0, 2.0)),
+        rpn_anchor_generator=anchors,
         box_roi_pool=pool,
         box_head=TwoMLPHead(args["channels"] * 7**2, args["head_dim"]),
         box_predictor=FastRCNNPredictor(args["head_dim"], args["num_classes"] + 1),
@@ -221,12 +239,19 @@ def _anchors(
 
 def class_layers(net: nn.Module) -> tuple[str, ...]:
     """Return the names of the layers whose outputs stand for classes."""
+    if is_open(net):
+        return ()
     if hasattr(net, "roi_heads"):
         return ("roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred")
     head = net.head.classification_head
     if hasattr(head, "cls_logits"):
         return ("head.classification_head.cls_logits",)
     return tuple(f"head.classification_head.module_list.{number}.1" for number in range(len(head.module_list)))
+
+
+def is_open(net: nn.Module) -> bool:
+    """Whether its classes are texts, which no layer stands for."""
+    return isinstance(getattr(net, "roi_heads", None), OpenRoIHeads)
 
 
 def has_background(net: nn.Module) -> bool:
@@ -237,7 +262,7 @@ def has_background(net: nn.Module) -> bool:
 def outputs_per_class(net: nn.Module) -> tuple[int, ...]:
     """Return how many outputs of each class layer belong to one class: anchors in a place, or sides of a box."""
     if hasattr(net, "roi_heads"):
-        return (1, 4)
+        return () if is_open(net) else (1, 4)
     return tuple(net.anchor_generator.num_anchors_per_location()[: len(class_layers(net))])
 
 
