@@ -23,6 +23,7 @@ from visionkd.export.ranges import measure_ranges
 from visionkd.export.verify import verify_int8
 from visionkd.models.network import Network
 from visionkd.quantization.insert import activation_quantizers, float_network
+from visionkd.runtime.ort import PRECISE
 
 
 def graph_of(network: Network) -> ir.Model:
@@ -32,11 +33,11 @@ def graph_of(network: Network) -> ir.Model:
 def run(model: ir.Model, image: np.ndarray, *, optimized_to: Path | None = None) -> np.ndarray:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
-    options.add_session_config_entry("session.x64quantprecision", "1")  # as visionkd.runtime.ort runs files
     if optimized_to is None:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     else:
         options.optimized_model_filepath = str(optimized_to)
+        options.add_session_config_entry(PRECISE, "1")
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
     return session.run(None, {"image": image})[0]
 

@@ -56,7 +56,7 @@ def to_target(model: ir.Model, target: Target, ranges: Mapping[str, float] | Non
         _pad_image(model.graph)
         _shift(model.graph)
         _integer_biases(model.graph)
-    _own_zero_points(model.graph)
+    own_zero_points(model.graph)
     _remove_unused(model.graph)
     return model
 
@@ -287,7 +287,7 @@ def _biases(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value, np.ndarray, np
             yield node, bias, steps.astype(np.int32), unit
 
 
-def _own_zero_points(graph: ir.Graph) -> None:
+def own_zero_points(graph: ir.Graph) -> None:
     """Give each weight a zero point of its own: ONNX Runtime cannot turn weights that share one into uint8, which it
     has to do on x86 processors without VNNI, whose kernels overflow on int8 weights."""
     for node in list(graph):

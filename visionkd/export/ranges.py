@@ -11,6 +11,7 @@ import onnxruntime
 import torch
 
 from visionkd.errors import DataError
+from visionkd.export.qdq import own_zero_points
 from visionkd.quantization.ranges import HistogramObserver, range_of
 from visionkd.runtime.ort import PRECISE
 
@@ -31,6 +32,7 @@ def measure_ranges(model: ir.Model, names: Sequence[str], batches: Iterable[np.n
     """
     if not names:
         return {}
+    own_zero_points(model.graph)
     proto = ir.to_proto(model)
     known = {value.name for value in proto.graph.output}
     proto.graph.output.extend(

@@ -61,13 +61,20 @@ class OrtModel:
             options.inter_op_num_threads = 1
             # Spinning threads would take the processor from whatever is measured or run beside them.
             options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
-        options.add_session_config_entry(PRECISE, "1")
+
+        def open_session(*, precise: bool) -> Any:
+            options.add_session_config_entry(PRECISE, "1" if precise else "0")
+            return runtime.InferenceSession(os.fspath(self.path), options, providers=providers)
+
+        self._open_session = open_session
+        # The precise mode rewrites weights, which not all files of others survive: some fail to load, some to run.
+        self._unproven = optimize
         try:
             try:
-                self._session = runtime.InferenceSession(os.fspath(self.path), options, providers=providers)
-            except Exception:  # it fails on files of others in which several weights share a zero point
-                options.add_session_config_entry(PRECISE, "0")
-                self._session = runtime.InferenceSession(os.fspath(self.path), options, providers=providers)
+                self._session = open_session(precise=optimize)
+            except Exception:
+                self._unproven = False
+                self._session = open_session(precise=False)
         except Exception as error:  # onnxruntime's own exceptions share no base but Exception
             first = str(error).strip().splitlines()[0][:200]
             raise DataError(
@@ -81,7 +88,16 @@ class OrtModel:
 
     def run(self, *arrays: np.ndarray) -> list[np.ndarray]:
         """Return the outputs for ``arrays``, in the order of :attr:`inputs`."""
-        return self._session.run(None, dict(zip(self.inputs, arrays, strict=True)))
+        given = dict(zip(self.inputs, arrays, strict=True))
+        try:
+            found = self._session.run(None, given)
+        except Exception:
+            if not self._unproven:
+                raise
+            self._session = self._open_session(precise=False)
+            found = self._session.run(None, given)
+        self._unproven = False
+        return found
 
 
 def version() -> str | None:
