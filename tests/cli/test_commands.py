@@ -360,7 +360,8 @@ def test_predictions(run, pretend) -> None:
     pretend("predict", workflow)
     outcome = run(*"predict m a.jpg b.jpg --save out --top-k 2 --accelerator cpu --overwrite".split())
     assert workflow.given == dict(
-        model="m", images=("a.jpg", "b.jpg"), save="out", top_k=2, accelerator="cpu", overwrite=True
+        model="m", images=("a.jpg", "b.jpg"), save="out", top_k=2, accelerator="cpu", overwrite=True,
+        classes=None, encoder=None, min_score=None,
     )
     check_accepts("predict", workflow.given)
     assert "a.jpg: cat 75.0 %, dog 25.0 % -> out/a.jpg" in outcome.out.splitlines()

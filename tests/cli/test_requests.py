@@ -125,7 +125,7 @@ def test_a_recipe_that_is_no_yaml_is_the_only_problem(run) -> None:
 
 def test_the_options_of_the_method_that_auto_takes_are_checked(run) -> None:
     err = run(*"distill --teacher vit_b --student resnet18 -o options.temprature=2".split()).err
-    assert "options.temprature: unknown option of this method. Did you mean 'temperature'?" in err
+    assert "options.temprature: unknown option of this method. Did you mean 'temperature'" in err
 
 
 def test_an_argument_of_the_constructor_is_answered_with_the_nearest(run) -> None:

@@ -128,7 +128,8 @@ def test_int8_for_a_processor_runs_every_quantised_layer_in_integers(made: Made)
     model = made.signed.clone()
     names = qdq.float_results(model)
     ir.save(qdq.to_target(model, "cpu", measure_ranges(model, names, [IMAGES.numpy()])), made.folder / "cpu.onnx")
-    run(ir.load(made.folder / "cpu.onnx"), image, optimized_to=made.folder / "optimized.onnx")
+    # ONNX Runtime's precise mode does not load weights that several nodes share, as heads do over the levels
+    run(ir.load(made.folder / "cpu.onnx"), image, optimized_to=made.folder / "optimized.onnx", precise=False)
     operators = qdq.count_operators(ir.load(made.folder / "optimized.onnx"))
     products = sum(qdq.quantized(node) for node in shifted.graph)
     assert operators["QLinearConv"] == products > 30, "the heads once for each level"

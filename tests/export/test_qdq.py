@@ -30,14 +30,16 @@ def graph_of(network: Network) -> ir.Model:
     return export_module._export(signed_form(network), network.architecture, None).model
 
 
-def run(model: ir.Model, image: np.ndarray, *, optimized_to: Path | None = None) -> np.ndarray:
+def run(
+    model: ir.Model, image: np.ndarray, *, optimized_to: Path | None = None, precise: bool = True
+) -> np.ndarray:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
     if optimized_to is None:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     else:
         options.optimized_model_filepath = str(optimized_to)
-        options.add_session_config_entry(PRECISE, "1")
+        options.add_session_config_entry(PRECISE, "1" if precise else "0")
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
     return session.run(None, {"image": image})[0]
 

@@ -182,7 +182,11 @@ def test_no_accuracy_is_read(tmp_path: Path, teacher_run: Path, space: str) -> N
 
 
 def test_it_goes_on_to_distil(tmp_path: Path, teacher_run: Path, space: str) -> None:
-    options = (*DATA, "training.epochs=1", "training.batch_size=32", "report.enabled=false")
+    # not channels-last, in which PyTorch 2.14's gradient of a strided 1x1 convolution of less than 8 channels corrupts
+    # memory on x86 processors without AVX-512
+    options = (
+        *DATA, "training.epochs=1", "training.batch_size=32", "training.channels_last=false", "report.enabled=false"
+    )  # fmt: skip
     few = {**REQUEST, "evaluations": 2, "strategy": "random", "seed": 1, "options": options}
     with pytest.raises(RequestError, match="no published weights"):
         workflows.search(**few, space=space, distill=True, out=str(tmp_path / "no"))
