@@ -13,7 +13,7 @@ import torch
 from visionkd.errors import DataError
 from visionkd.export.qdq import own_zero_points
 from visionkd.quantization.ranges import HistogramObserver, range_of
-from visionkd.runtime.ort import PRECISE
+from visionkd.runtime.ort import open_precisely
 
 _SILENT = 4
 _TINY = 127.0 * np.finfo(np.float32).tiny  # below, the scale would underflow
@@ -38,7 +38,9 @@ def measure_ranges(model: ir.Model, names: Sequence[str], batches: Iterable[np.n
     proto.graph.output.extend(
         ir.to_proto(ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT))) for name in names if name not in known
     )
-    session = _session(proto.SerializeToString())
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = _SILENT, 1
+    session, _ = open_precisely(onnxruntime, proto.SerializeToString(), options, ["CPUExecutionProvider"])
     (image,) = session.get_inputs()
     seen = {name: HistogramObserver() for name in names}
     finite = True
@@ -54,16 +56,3 @@ def measure_ranges(model: ir.Model, names: Sequence[str], batches: Iterable[np.n
             )
     # a branch that is zero throughout, as the last norm of a block may make it, is so on any grid
     return {name: range_of(observer, "mse", 100.0) if observer.amax > _TINY else 1.0 for name, observer in seen.items()}
-
-
-def _session(content: bytes) -> onnxruntime.InferenceSession:
-    for precise in ("1", "0"):  # weights that several nodes share, as a detector's heads do, only load without
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level, options.intra_op_num_threads = _SILENT, 1
-        options.add_session_config_entry(PRECISE, precise)
-        try:
-            return onnxruntime.InferenceSession(content, sess_options=options, providers=["CPUExecutionProvider"])
-        except Exception:  # onnxruntime's own exceptions share no base but Exception
-            if precise == "0":
-                raise
-    raise AssertionError("the last attempt returns or raises")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,19 +63,14 @@ class OrtModel:
             # Spinning threads would take the processor from whatever is measured or run beside them.
             options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
 
-        def open_session(*, precise: bool) -> Any:
-            options.add_session_config_entry(PRECISE, "1" if precise else "0")
-            return runtime.InferenceSession(os.fspath(self.path), options, providers=providers)
-
-        self._open_session = open_session
-        # The precise mode rewrites weights, which not all files of others survive: some fail to load, some to run.
-        self._unproven = optimize
+        self._reopen = partial(_open, runtime, os.fspath(self.path), options, providers)
+        # The precise mode rewrites weights, and some files of others fail only once they run.
+        self._unproven = False
         try:
-            try:
-                self._session = open_session(precise=optimize)
-            except Exception:
-                self._unproven = False
-                self._session = open_session(precise=False)
+            if optimize:
+                self._session, self._unproven = open_precisely(runtime, os.fspath(self.path), options, providers)
+            else:
+                self._session = self._reopen(precise=False)
         except Exception as error:  # onnxruntime's own exceptions share no base but Exception
             first = str(error).strip().splitlines()[0][:200]
             raise DataError(
@@ -94,10 +90,34 @@ class OrtModel:
         except Exception:
             if not self._unproven:
                 raise
-            self._session = self._open_session(precise=False)
+            self._session = self._reopen(precise=False)
             found = self._session.run(None, given)
         self._unproven = False
         return found
+
+
+def open_precisely(
+    runtime: Any, model: str | bytes, options: Any, providers: Sequence[str]
+) -> tuple[Any, bool]:
+    """Return a session of ONNX Runtime that does not overflow, and whether it was to be had.
+
+    Weights that several nodes share, as a detector's heads do, and weights that share a zero point only load without.
+
+    Args:
+        runtime: The module ``onnxruntime``.
+        model: A file, or its content.
+        options: Of the session; :data:`PRECISE` is set in them.
+        providers: Names of execution providers.
+    """
+    try:
+        return _open(runtime, model, options, providers, precise=True), True
+    except Exception:  # onnxruntime's own exceptions share no base but Exception
+        return _open(runtime, model, options, providers, precise=False), False
+
+
+def _open(runtime: Any, model: str | bytes, options: Any, providers: Sequence[str], *, precise: bool) -> Any:
+    options.add_session_config_entry(PRECISE, "1" if precise else "0")
+    return runtime.InferenceSession(model, options, providers=providers)
 
 
 def version() -> str | None:

@@ -14,23 +14,19 @@ from visionkd.runtime.boxes import FoundBoxes
 from visionkd.types import Listener, Progress, Source
 from visionkd.workflows._box_counts import Answers, Evaluations, load
 from visionkd.workflows._classification import readable
+from visionkd.workflows._segmentation import some
 
 if TYPE_CHECKING:
     from visionkd.config.schema import RunConfig
     from visionkd.models.network import Network
     from visionkd.runtime.session import Session
 
-__all__ = ["Answers", "Evaluations", "load"]
+__all__ = ["Answers", "Evaluations", "load", "some"]
 
 MAIN, TITLE, PER_CLASS = "ap", "AP", "ap"
 BATCH_SIZE = 8
 PACKAGED = ("ap", "ap50", "ap75", "ap50_base", "ap50_novel")
 COMPARED = PACKAGED
-
-
-def some(source: Source, count: int, *, seed: int) -> np.ndarray:
-    """Return positions, spread evenly: neighbours are often frames of one video."""
-    return np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(np.int64))
 
 
 def answer(
