@@ -75,7 +75,24 @@ def test_a_slow_step_fails_where_it_is_checked(
 ) -> None:
     monkeypatch.setattr(tool, "LIMIT", 0.0)
     assert run("--model", "fasterrcnn_test_resnet", "--arg", "head_dim=16", *TINY, "--check") == 1
-    assert "times that of torchvision's loop" in capsys.readouterr().err
+    assert "times torchvision's loop" in capsys.readouterr().err
+
+
+def test_oadp_is_timed_beside_the_same_detector_on_boxes_alone(
+    run: Run, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, few = tmp_path / "bench.json", []
+    for option in ("head_convs=0", "head_dim=16", "rois=8", "proposals_per_image=3"):
+        few += ["--option", option]
+    given = ("--oadp", "--model", "fasterrcnn_test_resnet", "--arg", "head_dim=16", *few, *TINY)
+    assert run(*given, "--json", str(file)) == 0
+    assert "boxes alone" in capsys.readouterr().out
+    rows = {row["name"]: row for row in json.loads(file.read_text(encoding="utf-8"))["contenders"]}
+    assert set(rows) == {"naive", "visionkd"} and rows["visionkd"]["step_ms"] > 0
+    monkeypatch.setattr(tool, "OADP_LIMIT", 0.0)
+    assert run(*given, "--check") == 1
+    assert "visionkd distill, oadp takes" in capsys.readouterr().err
+    assert run("--oadp", "--option", "rois") == 2 and "--option: 'rois' is no KEY=NUMBER" in capsys.readouterr().err
 
 
 def test_what_is_no_detector_is_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
