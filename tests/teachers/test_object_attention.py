@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
@@ -104,6 +105,8 @@ def test_networks_whose_blocks_cannot_be_stepped_are_named() -> None:
     assert "class token" in stepping_problem(VisionTransformer(**made, class_token=False, global_pool="avg"))
     assert "pools" in stepping_problem(VisionTransformer(**made, global_pool="avg"))
     assert "class token" in stepping_problem(VisionTransformer(**made, reg_tokens=2))
+    hybrid = timm.create_model("vit_tiny_r_s16_p8_224", img_size=64)
+    assert "one convolution" in stepping_problem(hybrid)  # a network stands in front of the one that it has
     assert "Linear" in stepping_problem(nn.Linear(2, 2)) and "Linear" in clip_stepping_problem(nn.Linear(2, 2))
 
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -200,7 +201,7 @@ def stepping_problem(net: nn.Module) -> str | None:
         return "has no class token with a position of its own, or other tokens beside it"
     if net.global_pool != "token":
         return f"pools by '{net.global_pool}', not by its class token"
-    if not isinstance(getattr(net.patch_embed, "proj", None), nn.Conv2d):
+    if type(net.patch_embed) is not PatchEmbed:  # that of a hybrid has a network of its own in front
         return "does not cut its images into patches by one convolution"
     if not all(type(block) is Block and getattr(block.attn, "gate", None) is None for block in net.blocks):
         return "has blocks other than the plain ones"
