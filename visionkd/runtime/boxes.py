@@ -26,6 +26,7 @@ class BoxRule:
         per: ``level`` of the pyramid, or ``class``.
         levels: Candidates of each level, in their order.
         min_side: Boxes with a shorter side, in pixels of the view, are no answer.
+        own_boxes: Whether each class has a box of its own.
     """
 
     score_threshold: float = 0.05
@@ -35,9 +36,14 @@ class BoxRule:
     per: Literal["level", "class"] = "level"
     levels: tuple[int, ...] = ()
     min_side: float = 0.0
+    own_boxes: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def sides(self, columns: int) -> int:
+        """Return how many of the columns of :func:`joined` are sides of boxes."""
+        return columns // 5 * 4 if self.own_boxes else 4
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BoxRule:
@@ -105,6 +111,23 @@ def choose_boxes(
         chosen, values, labels = chosen[large], values[large], labels[large]
     kept = suppress(chosen, values, labels, threshold=rule.nms_threshold, most=rule.max_detections)
     return FoundBoxes(chosen[kept], values[kept], labels[kept].astype(np.int64))
+
+
+def joined(boxes: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Return candidates as one array, boxes first: ... x N x (4 + K), or (4 K + K) where classes have boxes of their own.
+
+    Args:
+        boxes: ... x N x 4, or ... x N x K x 4.
+        scores: ... x N x K.
+    """
+    return np.concatenate([boxes.reshape(*scores.shape[:-1], -1), scores], -1)
+
+
+def parted(values: np.ndarray, rule: BoxRule) -> tuple[np.ndarray, np.ndarray]:
+    """Return the boxes and scores that :func:`joined` was given."""
+    sides = rule.sides(values.shape[-1])
+    boxes, scores = values[..., :sides], values[..., sides:]
+    return (boxes.reshape(*scores.shape, 4) if rule.own_boxes else boxes), scores
 
 
 def suppress(

@@ -20,14 +20,16 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import batched_nms, box_area, clip_boxes_to_image, roi_align
+from torchvision.ops import batched_nms, box_area, clip_boxes_to_image
 
+from visionkd.models.detection.pooling import owned, pool_levels
 from visionkd.models.open_vocabulary import NormalizedLinear, TextClassifier, calibrated_scores
 
 _POOL = 7
 #: A box of so many strides of the finest map, along a side, is looked at in the map above it.
 _CANONICAL = 14
-_SMALLEST = 1e-2
+#: Boxes with a shorter side, in pixels, are no answer; so says torchvision.
+SMALLEST = 1e-2
 
 
 @dataclass(frozen=True)
@@ -92,17 +94,17 @@ class AlignedPool(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], image_shapes: Any = None) -> Tensor:
         """Return N x C x 7 x 7 for the boxes of all images, N_i x 4 each, one image after the other."""
+        return self.of(features, owned(boxes))
+
+    def of(self, features: Mapping[str, Tensor], rois: Tensor) -> Tensor:
+        """Return N x C x 7 x 7 for N x 5 boxes, each behind the number of its image."""
         maps = [features[str(number)] for number in range(len(self.strides))]
-        owner = torch.cat([each.new_full((len(each), 1), number) for number, each in enumerate(boxes)])
-        rois = torch.cat([owner, torch.cat(list(boxes))], dim=1)
         side = box_area(rois[:, 1:]).clamp_min(0).sqrt() / (self.strides[0] * _CANONICAL)
         level = (side + 1e-6).log2().floor().clamp(0, len(maps) - 1)
-        pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], _POOL, _POOL)
-        for number, (own, stride) in enumerate(zip(maps, self.strides, strict=True)):
-            chosen = (level == number).nonzero()[:, 0]
-            found = roi_align(own, rois[chosen].to(own), _POOL, 1 / stride, sampling_ratio=0, aligned=True)
-            pooled = pooled.index_put((chosen,), found.to(pooled))
-        return pooled
+        return pool_levels(
+            maps, rois, level, scales=[1 / stride for stride in self.strides], size=(_POOL, _POOL), sampling_ratio=0,
+            aligned=True,
+        )  # fmt: skip
 
 
 def conv_head(channels: int, *, convs: int, width: int) -> nn.Sequential:
@@ -238,7 +240,7 @@ class OpenRoIHeads(RoIHeads):
 
     def _found(self, boxes: Tensor, scores: Tensor, image_shape: tuple[int, int]) -> dict[str, Tensor]:
         boxes = clip_boxes_to_image(boxes, image_shape)
-        whole = ((boxes[:, 2:] - boxes[:, :2]) >= _SMALLEST).all(1)
+        whole = ((boxes[:, 2:] - boxes[:, :2]) >= SMALLEST).all(1)
         places, labels = ((scores > self.score_thresh) & whole[:, None]).nonzero(as_tuple=True)
         found, chosen = boxes[places], scores[places, labels]
         kept = batched_nms(found, chosen, labels, self.nms_thresh)[: self.detections_per_img]
