@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
+import shutil
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import yaml
 from PIL import Image
 
 from tests.quantization.conftest import tiny
@@ -102,6 +107,26 @@ def test_a_float_model_is_quantised_gated_and_recorded_by_miou(package: str, map
     assert metadata["task"] == "segmentation" and json.loads(metadata["classes"]) == list(MASK_CLASSES)
     evaluated = workflows.evaluate(model=str(out), data=mapped)
     assert evaluated.metrics["miou"] == pytest.approx(result.miou_exported, abs=1e-3)
+
+
+def test_a_row_says_what_an_int8_file_costs_and_saves(package: str, mapped: str, tmp_path: Path) -> None:
+    loader = SourceFileLoader("record_int8", str(Path(__file__).parents[2] / "tools" / "record_int8"))
+    tool = importlib.util.module_from_spec(importlib.util.spec_from_loader("record_int8", loader))
+    loader.exec_module(tool)
+    run = tmp_path / "run"
+    shutil.copytree(package, run / "model")
+    (run / "config.yaml").write_text(yaml.safe_dump({"training": {"seed": 3}, "data": {"path": mapped}}))
+    (run / "environment.json").write_text(json.dumps({"commit": "0123"}))
+    (run / "log.txt").write_text("start: visionkd distill --config segmentation/cwd --out run")
+    workflows.export(model=package, out=str(run / "export" / "model.onnx"), listener=Notes())
+    workflows.export(
+        model=package, int8=True, data=mapped, out=str(run / "export" / "model.int8.onnx"), verify_images=4,
+        max_drop=100.0, min_speedup=0.0, listener=Notes(),
+    )  # fmt: skip
+    row = tool.row_of(run, argparse.Namespace(data=None, split=None, rounds=1, note="n"))
+    assert tuple(row) == tool.COLUMNS and row["recipe"] == "segmentation/cwd" and row["measure"] == "miou"
+    assert 0 <= float(row["int8"]) <= 100 and float(row["int8_mb"]) < float(row["float_mb"])
+    assert float(row["speedup"]) == pytest.approx(float(row["float_ms"]) / float(row["int8_ms"]), rel=0.05)
 
 
 def test_a_bundle_predicts_evaluates_and_is_timed(bundle: Path, mapped: str, pictures: Path, tmp_path: Path) -> None:
