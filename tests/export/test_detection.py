@@ -144,14 +144,6 @@ def test_an_engine(made: Made, tmp_path: Path) -> None:
     assert info.quantized and info.metadata["task"] == "detection" and "levels" in info.metadata["boxes"]
 
 
-def test_two_stages_have_no_file(tmp_path: Path) -> None:
-    network = tiny_detector()
-    network.two_stage = True
-    with pytest.raises(WorkError, match="two stages"):
-        export_onnx(network, tmp_path / "m.onnx", **SETTINGS)
-    assert not list(tmp_path.iterdir())
-
-
 def test_ap_is_measured_on_the_pictures_themselves() -> None:
     """A box in a letterbox of half the size, one that is cut at the picture's edge, and one of another class."""
     rule = BoxRule(score_threshold=0.1)

@@ -12,7 +12,7 @@ from torchvision.models import get_model_builder, get_model_weights
 
 from tests.quantization.detectors import NAMES, pictures, tiny_detector
 from visionkd.config.schema import NetworkConfig
-from visionkd.errors import RequestError, WorkError
+from visionkd.errors import RequestError
 from visionkd.hub.package import load_package, save_package
 from visionkd.models.detection import factory, nets
 from visionkd.models.detection.names import TORCHVISION
@@ -92,13 +92,6 @@ def test_what_is_chosen_of_the_candidates_is_what_the_network_answers(name: str)
         order, theirs = (np.lexsort((*each.boxes.T, each.scores)) for each in (found, wanted))
         np.testing.assert_allclose(found.boxes[order], wanted.boxes.numpy()[theirs], atol=1e-4)
         np.testing.assert_array_equal(np.sort(found.labels), np.sort(wanted.labels.numpy()))
-
-
-def test_a_second_stage_has_no_candidates() -> None:
-    network = small(TWO_STAGES)
-    with pytest.raises(WorkError, match="two stages") as refused:
-        network.candidates(torch.rand(1, 3, 64, 96))
-    assert "fcos_BACKBONE" in str(refused.value.hint)
 
 
 @pytest.mark.parametrize("name", [*NAMES, TWO_STAGES])

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from tests.quantization.detectors import calibrated_detector, tiny_detector
-from tests.workflows.boxes import CLASSES, write_boxes
+from tests.workflows.boxes import CLASSES, mark_found, write_boxes
 from tests.workflows.test_export_dense import Notes
 from visionkd import workflows
-from visionkd.errors import RequestError, WorkError
+from visionkd.errors import RequestError
 from visionkd.hub.package import load_package, save_package
 from visionkd.models.detection.network import DetectionNetwork
 from visionkd.runtime.box_metrics import average_precision, box_set
@@ -36,20 +36,7 @@ def package(plain: DetectionNetwork, tmp_path_factory: pytest.TempPathFactory) -
 def scenes(plain: DetectionNetwork, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Pictures with the surest boxes of the network as those that are there, so that its AP is high."""
     root = write_boxes(tmp_path_factory.mktemp("data") / "scenes", train=18)
-    for split in ("train", "val"):
-        file = root / "annotations" / f"instances_{split}.json"
-        table, rows = json.loads(file.read_text()), []
-        for image in table["images"]:
-            found = found_boxes(plain, Image.open(root / split / image["file_name"]).convert("RGB"), device="cpu")
-            for (left, top, right, bottom), label in zip(found.boxes[:8].tolist(), found.labels[:8].tolist(),
-                                                         strict=True):  # fmt: skip
-                box = [left, top, right - left, bottom - top]
-                rows.append({
-                    "id": len(rows) + 1, "image_id": image["id"], "category_id": {0: 3, 1: 7}[label], "bbox": box,
-                    "area": box[2] * box[3], "iscrowd": 0,
-                })  # fmt: skip
-        file.write_text(json.dumps({**table, "annotations": rows}))
-    return str(root)
+    return str(mark_found(root, plain))
 
 
 @pytest.fixture(scope="module")
@@ -133,31 +120,6 @@ def test_a_bundle_says_what_becomes_of_the_candidates(exported: Path, tmp_path: 
     Image.new("RGB", (50, 50)).save(tmp_path / "a.png")
     found = workflows.predict(model=str(tmp_path / "bundle"), images=[str(tmp_path / "a.png")], min_score=0.0)
     assert found.predictions[0].boxes is not None
-
-
-def test_two_stages_are_refused_before_anything_is_done(scenes: str, tmp_path: Path) -> None:
-    network = tiny_two_stages()
-    model = str(save_package(network, tmp_path / "model", classes=CLASSES, **ORIGIN))
-    with pytest.raises(WorkError, match="two stages"):
-        workflows.export(model=model, data=scenes, out=str(tmp_path / "m.onnx"))
-    with pytest.raises(RequestError, match="two stages"):
-        workflows.train(
-            model="fasterrcnn_test_resnet", data=scenes, epochs=1, export="onnx", out=str(tmp_path / "run"),
-            options=("model.img_size=64", "model.pretrained=false"),
-        )  # fmt: skip
-    assert not (tmp_path / "run").exists() and not (tmp_path / "m.onnx").exists()
-
-
-def tiny_two_stages() -> DetectionNetwork:
-    from visionkd.config.schema import NetworkConfig
-    from visionkd.models.factory import create_network
-
-    config = NetworkConfig(
-        name="fasterrcnn_test_resnet", pretrained=False, img_size=64, args={"channels": 16, "head_dim": 32}
-    )
-    network = create_network(config, num_classes=len(CLASSES), in_training=True).eval()
-    assert isinstance(network, DetectionNetwork)
-    return network
 
 
 def test_pictures_without_boxes_give_ranges_and_agreement(package: str, tmp_path: Path) -> None:

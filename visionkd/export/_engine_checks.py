@@ -42,7 +42,8 @@ def check_onnx(path: Path, *, for_tensorrt: bool = True) -> OnnxFile:
     """Read an ONNX file and refuse what is not ours and, unless ``for_tensorrt`` is off, what cannot be an engine.
 
     Raises:
-        RequestError: If it is not ours, its operator set is too old, or more than the batch is free.
+        RequestError: If it is not ours, its operator set is too old, it chooses proposals, or more than the batch is
+            free.
     """
     found = read_onnx_file(path)
     again = "Export it again from the model it came from: visionkd export MODEL --format onnx"
@@ -63,6 +64,12 @@ def check_onnx(path: Path, *, for_tensorrt: bool = True) -> OnnxFile:
         raise RequestError(
             f"'{path}' is quantised for ONNX Runtime on a processor (uint8 activations), which TensorRT does not take",
             hint="Export it for TensorRT: visionkd export MODEL --int8 --target tensorrt",
+        )
+    if found.has_proposals:
+        raise RequestError(
+            f"'{path}' is of a detector of two stages and chooses its proposals itself (NonMaxSuppression,"
+            " RoiAlign): TensorRT-RTX builds neither, and TensorRT was not tried with them",
+            hint="Run it in ONNX Runtime, or distil it into a detector of a single stage, such as fcos_BACKBONE.",
         )
     for name, shape in found.inputs.items():
         if len(shape) != 4 or any(not isinstance(side, int) or side < 1 for side in shape[1:]):

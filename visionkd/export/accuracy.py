@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from visionkd.runtime.box_metrics import average_precision, box_set
-from visionkd.runtime.boxes import BoxRule, FoundBoxes, choose_boxes
+from visionkd.runtime.boxes import BoxRule, FoundBoxes, choose_boxes, parted
 from visionkd.runtime.metrics import pixel_confusion, resize_maps, segmentation_metrics, top_k_accuracy
 from visionkd.types import IGNORE
 
@@ -21,7 +21,7 @@ class Tally(Protocol):
     """Collects answers in the order of the images."""
 
     def add(self, logits: np.ndarray) -> None:
-        """Take what is said of the next images: logits N x C or N x C x h x w, or candidates N x M x (4 + K)."""
+        """Take what is said of the next images: logits N x C or N x C x h x w, or joined candidates."""
 
     def percent(self) -> float:
         """Return the accuracy of all that was taken."""
@@ -183,7 +183,8 @@ class _Found:
 
     def add(self, logits: np.ndarray) -> None:
         for values in logits:
-            found = choose_boxes(values[:, :4], values[:, 4:], self.truth.rule, self.truth.columns)
+            boxes, scores = parted(values, self.truth.rule)
+            found = choose_boxes(boxes, scores, self.truth.rule, self.truth.columns)
             self.found.append(found.on_picture(*self.truth.views[len(self.found)]))
 
     def percent(self) -> float:

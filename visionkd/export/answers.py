@@ -18,10 +18,12 @@ def answers(network: Network, image: Tensor) -> Tensor:
     """Return what a network says of ``image``, B x 3 x H x W in [0, 1].
 
     Returns:
-        Logits, B x C or B x C x h x w at the network's own stride; of a detector candidates, B x N x (4 + K).
+        Logits, B x C or B x C x h x w at the network's own stride; of a detector candidates, boxes first, B x N x
+        (4 + K), or (4 K + K) where each class has a box of its own.
     """
     if network.task == "detection":
-        return torch.cat(network.candidates(image), -1)
+        boxes, scores = network.candidates(image)
+        return torch.cat([boxes.flatten(2), scores], -1)
     return network(image).logits
 
 
@@ -31,7 +33,7 @@ def in_file_form(network: Network, given: Tensor) -> Tensor:
 
 
 def difference(network: Network, values: Tensor, reference: Tensor) -> float:
-    """Return :func:`rms_difference` of two answers; of candidates the larger one of boxes and scores."""
+    """Return :func:`rms_difference` of two answers; of candidates of one stage the larger one of boxes and scores."""
     parts = [slice(None)] if network.task != "detection" else [slice(0, SIDES), slice(SIDES, None)]
     return max(rms_difference(values[..., part].numpy(), reference[..., part].numpy()) for part in parts)
 

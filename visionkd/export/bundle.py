@@ -130,9 +130,10 @@ def _preprocessing(found: OnnxFile) -> dict[str, Any]:
             "output": "resize the logits bilinearly to the image's own size, then take the largest of each pixel"
         },
         "detection": {
-            "output": "keep scores above score_threshold, of each level or class the 'candidates' highest; of boxes of"
-            " one class that overlap more than nms_threshold the highest score; at most max_detections; then divide by"
-            " the scale of the resizing",
+            "output": "keep scores above score_threshold, of each level or class the 'candidates' highest, and boxes"
+            " with sides of min_side or more; of boxes of one class that overlap more than nms_threshold the highest"
+            " score; at most max_detections; then divide by the scale of the resizing. With own_boxes there is a box"
+            " for each class, N x M x K x 4",
             "boxes": json.loads(found.metadata.get("boxes", "{}")),
         },
     }
@@ -163,9 +164,9 @@ def _readme(found: OnnxFile, kinds: set[str], named: bool) -> str:
         f"- `{MANIFEST}`: SHA-256 of each file",
     ]
     build = f"visionkd export . --format tensorrt      # writes {engine}; --precision fp16 for the parts outside INT8"
-    if not kinds & {"int8-tensorrt", "float"}:
+    if found.has_proposals or not kinds & {"int8-tensorrt", "float"}:
         build = "# no file for TensorRT is in this bundle: it runs in ONNX Runtime (pip install onnxruntime)"
-        engine = _NAMES["int8-cpu"]
+        engine = _NAMES["float" if found.has_proposals else "int8-cpu"]
     return "\n".join([
         f"# {found.metadata.get('architecture', 'model')}, {found.metadata['task']}, by visionkd",
         "",

@@ -21,6 +21,7 @@ import visionkd
 from visionkd.benchmark.complexity import measure_complexity
 from visionkd.errors import Problem, RequestError, VisionKDError, WorkError
 from visionkd.export.int8_graph import is_int8, signed_form
+from visionkd.export.operators import translations
 from visionkd.files import replacing
 from visionkd.models.factory import Network
 from visionkd.models.weights import weights_sha256
@@ -92,7 +93,9 @@ def export_onnx(
 
     A detector has two outputs, all its candidates: ``boxes``, N x M x 4 (left, top, right, bottom in pixels of the
     input), and ``scores``, N x M x C from 0 to 1. Thresholds and the suppression of boxes that cover one another are
-    not part of the graph: :func:`visionkd.runtime.boxes.choose_boxes` applies them, as the file's metadata says.
+    not part of the graph: :func:`visionkd.runtime.boxes.choose_boxes` applies them, as the file's metadata says. Of two
+    stages M is the most proposals of an image, whose choice is part of the graph; what is behind the last one is 0, and
+    where each class has a box of its own ``boxes`` are N x M x C x 4.
 
     Args:
         network: What to export.
@@ -107,11 +110,9 @@ def export_onnx(
 
     Raises:
         RequestError: If the exporter does not write ``opset``.
-        WorkError: If the network cannot be expressed in ONNX, as a detector of two stages, or is too large for a file.
+        WorkError: If the network cannot be expressed in ONNX, or is too large for a file.
     """
     path = Path(path)
-    if network.task == "detection" and network.two_stage:
-        raise network.no_candidates()
     classes = network.classes if classes is None else tuple(classes)
     if classes is not None and len(classes) != network.num_classes:
         raise ValueError(f"{len(classes)} class names for {network.num_classes} outputs")
@@ -212,6 +213,7 @@ def _trace(network: Network, example: Tensor, opset: int | None) -> Any:
             output_names=["boxes", "scores"] if boxes else ["logits"],
             dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
             opset_version=opset,
+            custom_translation_table=translations() if boxes and network.two_stage else None,
             verbose=False,
         )
 

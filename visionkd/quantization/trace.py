@@ -57,7 +57,7 @@ def trace(network: Network, *, split_attention: bool = False) -> fx.GraphModule:
         WorkError: If the network decides from its data what it computes, as a detector of two stages does.
     """
     if network.task == "detection" and network.two_stage:
-        raise network.no_candidates()
+        raise network.no_plain_graph()
     net = copy.deepcopy(network.core())
     if split_attention:
         for module in net.modules():

@@ -1,8 +1,7 @@
 """From the candidates of a detector to its answer, in numpy: thresholds, and no two boxes on one object.
 
-A model file gives every candidate that the network has, so that it holds neither loops nor sizes that depend on the
-image; what follows is done here, the same way for every file, and gives the boxes that torchvision's own detectors
-give.
+A model file gives every candidate that the network has, so that its outputs have no sizes that depend on the image;
+what follows is done here, the same way for every file, and gives the boxes that torchvision's own detectors give.
 """
 
 from __future__ import annotations
@@ -114,7 +113,7 @@ def choose_boxes(
 
 
 def joined(boxes: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Return candidates as one array, boxes first: ... x N x (4 + K), or (4 K + K) where classes have boxes of their own.
+    """Return candidates as one array, boxes first: ... x N x (4 + K), or (4 K + K) where each class has its own box.
 
     Args:
         boxes: ... x N x 4, or ... x N x K x 4.
@@ -142,19 +141,27 @@ def suppress(
         threshold: Intersection over union above which a box is covered.
         most: Most positions.
     """
-    waiting = np.argsort(-scores, kind="stable")
+    order = np.argsort(-scores, kind="stable")
+    by_class = np.argsort(labels[order], kind="stable")  # class by class, and in a class by score
+    rows = np.argsort(by_class)
+    boxes, labels = boxes[order][by_class], labels[order][by_class]
+    ends = np.searchsorted(labels, labels, side="right")  # where the class of each ends
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0.0)
     areas = sides[:, 0] * sides[:, 1]
+    covered = np.zeros(len(boxes), bool)
     kept: list[int] = []
-    while len(waiting) and (most is None or len(kept) < most):
-        first, waiting = int(waiting[0]), waiting[1:]
-        kept.append(first)
-        corner = np.maximum(boxes[waiting, :2], boxes[first, :2])
-        shared = np.maximum(np.minimum(boxes[waiting, 2:], boxes[first, 2:]) - corner, 0.0)
+    for position, row in zip(order.tolist(), rows.tolist(), strict=True):
+        if len(kept) == most:
+            break
+        if covered[row]:
+            continue
+        kept.append(position)
+        rest = slice(row + 1, ends[row])
+        corner = np.maximum(boxes[rest, :2], boxes[row, :2])
+        shared = np.maximum(np.minimum(boxes[rest, 2:], boxes[row, 2:]) - corner, 0.0)
         overlap = shared[:, 0] * shared[:, 1]
         # not divided: two boxes without area overlap by nothing
-        covered = overlap > threshold * (areas[waiting] + areas[first] - overlap)
-        waiting = waiting[~(covered & (labels[waiting] == labels[first]))]
+        covered[rest] |= overlap > threshold * (areas[rest] + areas[row] - overlap)
     return np.asarray(kept, np.int64)
 
 

@@ -43,6 +43,11 @@ class OnnxFile:
         return "DequantizeLinear" in self.operators
 
     @property
+    def has_proposals(self) -> bool:
+        """Whether boxes are chosen inside of it, as a detector of two stages does with its proposals."""
+        return "NonMaxSuppression" in self.operators
+
+    @property
     def int8_target(self) -> Literal["cpu", "tensorrt"] | None:
         """What its INT8 is written for: ``cpu`` has uint8 activations, which TensorRT refuses; None for float."""
         if not self.is_quantized:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL.Image import Image
 
 from visionkd.errors import Problem, RequestError
-from visionkd.runtime.boxes import BoxRule, FoundBoxes, choose_boxes
+from visionkd.runtime.boxes import BoxRule, FoundBoxes, choose_boxes, joined
 from visionkd.runtime.engine_file import ENGINE_SUFFIX
 from visionkd.runtime.metrics import resize_maps, softmax
 from visionkd.runtime.ort import Accelerator, OrtModel
@@ -126,16 +126,17 @@ class Session:
         """Return all boxes of a detector and their scores for ``batch``, N x 3 x H x W float32 in [0, 1].
 
         Returns:
-            Boxes, N x M x 4 in pixels of the batch, and scores from 0 to 1, N x M x C.
+            Boxes, N x M x 4 in pixels of the batch, or N x M x C x 4 where each class has its own, and scores from 0 to
+            1, N x M x C.
         """
         answers = self._model.run(np.ascontiguousarray(batch, dtype=np.float32))
         named = dict(zip(self._model.outputs, answers, strict=True))
         return named["boxes"], named["scores"]
 
     def answers(self, batch: np.ndarray) -> np.ndarray:
-        """Return logits, or of a detector its candidates in one array: boxes first, N x M x (4 + C)."""
+        """Return logits, or of a detector its candidates in one array, as :func:`joined` makes it."""
         if self.task == "detection":
-            return np.concatenate(self.predict_candidates(batch), -1)
+            return joined(*self.predict_candidates(batch))
         return self.predict_logits(batch)
 
     def predict_boxes(

@@ -49,8 +49,11 @@ def export_bundle(
             if kind_of(read_onnx_file(files[0])) == "int8-cpu":  # of a quantised MODEL; the other target as well
                 files.append(Path(folder) / "model.int8.tensorrt.onnx")
                 export(str(files[1]), "tensorrt")
-        kinds = {kind_of(read_onnx_file(file)) for file in files}
-        if kinds == {"float"}:
+        described = [read_onnx_file(file) for file in files]
+        kinds = {kind_of(each) for each in described}
+        if any(each.has_proposals for each in described):
+            listener.message("The bundle holds a float model: detectors of two stages have no INT8 form, and no engine")
+        elif kinds == {"float"}:
             listener.message(
                 "The bundle holds a float model only: there is no INT8 file. Add --int8 to write them",
                 level="warning",

@@ -43,9 +43,9 @@ def export_model(
     _check_options(target, min_speedup, max_drop)
     run = run_of(model)
     network = load_network(model)
-    if network.task == "detection" and network.two_stage:
-        raise network.no_candidates()
     int8 = int8 or is_int8(network)
+    if int8 and network.task == "detection" and network.two_stage:
+        raise network.no_plain_graph()
     if not int8 and (given := _named(target, max_drop, min_speedup)):
         raise RequestError([Problem(name, "is for INT8 only", "Give --int8.") for name in given])
     chosen = target or "cpu"

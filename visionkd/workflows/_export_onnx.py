@@ -85,7 +85,8 @@ def default_images(network: Network) -> int:
         return _IMAGES
     most = _PIXELS // math.prod(network.input.img_size)
     if network.task == "detection":  # all candidates of all images are kept
-        most = min(most, _NUMBERS // (sum(map(len, network.anchors())) * (4 + network.num_classes)))
+        columns = (5 if network.rule().own_boxes else 1 + 4 / network.num_classes) * network.num_classes
+        most = min(most, int(_NUMBERS / (network.num_candidates * columns)))
     return min(_IMAGES, max(_LEAST_IMAGES, most))
 
 

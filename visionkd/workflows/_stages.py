@@ -83,14 +83,12 @@ def check_export(config: RunConfig, network: Network) -> None:
     """Refuse to train for a file that the network has no form for.
 
     Raises:
-        RequestError: If it is a detector of two stages.
+        RequestError: If it is a detector of two stages, and INT8 is asked for.
     """
     int8 = getattr(config, "int8", None)
-    asked = {"--export": bool(config.export.formats), "--int8": int8 is not None and getattr(int8, "enabled", False)}
-    if network.task == "detection" and network.two_stage and any(asked.values()):
-        refusal = network.no_candidates()
-        problems = [Problem(name, refusal.message) for name, given in asked.items() if given]
-        raise RequestError(problems, hint=refusal.hint)
+    if network.task == "detection" and network.two_stage and getattr(int8, "enabled", False):
+        refusal = network.no_plain_graph()
+        raise RequestError([Problem("--int8", refusal.message)], hint=refusal.hint)
 
 
 def _settle_batch_size(config: RunConfig, data: DataSet) -> None:

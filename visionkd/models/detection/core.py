@@ -103,9 +103,10 @@ def anchors_of(net: nn.Module, maps: Sequence[tuple[int, int]], img_size: tuple[
         img_size: Height and width of the image.
     """
     blanks = [torch.empty(1, 1, *size) for size in maps]
-    generator = copy.deepcopy(net.anchor_generator).cpu()
+    own = net.rpn.anchor_generator if hasattr(net, "rpn") else net.anchor_generator
+    generator = copy.deepcopy(own).cpu()
     anchors = generator(ImageList(torch.empty(1, 3, *img_size), [img_size]), blanks)[0]
-    per_place = net.anchor_generator.num_anchors_per_location()
+    per_place = own.num_anchors_per_location()
     return list(anchors.split([h * w * count for (h, w), count in zip(maps, per_place, strict=True)]))
 
 

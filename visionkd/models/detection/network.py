@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from visionkd.errors import WorkError
-from visionkd.models.detection import nets
+from visionkd.models.detection import nets, two_stages
 from visionkd.models.detection.core import PRECISE, Core, Shell, anchors_of, candidates, rule_of
 from visionkd.models.modes import evaluating
 from visionkd.models.network import Network
@@ -113,16 +113,16 @@ class DetectionNetwork(Network):
             anchors: Those of an image of this size, from :meth:`anchors`, joined; None makes them.
 
         Returns:
-            Boxes, B x N x 4 in pixels of the image and within it, and scores, B x N x K.
-
-        Raises:
-            WorkError: Of a detector of two stages, whose boxes depend on proposals.
+            Boxes, B x N x 4 in pixels of the image and within it, and scores, B x N x K. Of two stages N is the most
+            proposals that an image may have, what is behind the last one is 0, and boxes are B x N x K x 4 where each
+            class has its own.
         """
-        if self.two_stage:
-            raise self.no_candidates()
         size = (int(image.shape[-2]), int(image.shape[-1]))
         if anchors is None:
             anchors = torch.cat(self.anchors(size)).to(image.device)
+        if self.two_stage:
+            maps = self.net.backbone(self.prepare(image))
+            return two_stages.candidates(self.net, maps, anchors, self._anchors_of_levels(size), size)
         answers, _ = self.core()(self.prepare(image))
         return candidates(self._detector, answers, anchors, size)
 
@@ -135,23 +135,35 @@ class DetectionNetwork(Network):
         size = tuple(img_size or self.input.img_size)
         if size in self._anchors:
             return self._anchors[size]
-        core = copy.deepcopy(self.core()).to("meta")
-        with torch.no_grad(), evaluating(core):
-            _, maps = core(torch.empty(1, 3, *size, device="meta"))
-        self._anchors[size] = anchors_of(self._detector, [tuple(each.shape[-2:]) for each in maps], size)
+        graph = copy.deepcopy(self.net.backbone if self.two_stage else self.core()).to("meta")
+        with torch.no_grad(), evaluating(graph):
+            answer = graph(torch.empty(1, 3, *size, device="meta"))
+        sizes = [tuple(each.shape[-2:]) for each in (answer.values() if self.two_stage else answer[1])]
+        if self.two_stage:
+            two_stages.settle(self.net, dict(zip(answer, sizes, strict=True)), size)
+        self._anchors[size] = anchors_of(self._detector, sizes, size)
         return self._anchors[size]
+
+    def _anchors_of_levels(self, img_size: tuple[int, int] | None = None) -> list[int]:
+        return [len(each) for each in self.anchors(img_size)]
+
+    @property
+    def num_candidates(self) -> int:
+        """Rows of :meth:`candidates` about an image of the network's own size."""
+        levels = self._anchors_of_levels()
+        return two_stages.count(self.net, levels) if self.two_stage else sum(levels)
 
     def rule(self, img_size: tuple[int, int] | None = None) -> BoxRule:
         """Return how :meth:`forward` chooses among the candidates of an image; the argument is as above."""
-        return rule_of(self._detector, self.anchors(img_size))
+        return two_stages.rule_of(self.net) if self.two_stage else rule_of(self._detector, self.anchors(img_size))
 
-    def no_candidates(self) -> WorkError:
-        """Return the error about a second stage where a plain graph is needed."""
+    def no_plain_graph(self) -> WorkError:
+        """Return the error about a second stage where a plain graph is needed, as INT8 needs one."""
         return WorkError(
             f"'{self.architecture}' looks at its image in two stages, and which parts of it the second one sees depends"
-            " on the first: this has no form as a model file yet",
-            hint="Distil it into a detector of a single stage: fcos_BACKBONE, retinanet_BACKBONE or"
-            " ssdlite320_mobilenet_v3_large.",
+            " on the first: INT8 is placed in plain graphs only",
+            hint="Export it in float, without --int8; or distil it into a detector of a single stage: fcos_BACKBONE,"
+            " retinanet_BACKBONE or ssdlite320_mobilenet_v3_large.",
         )
 
     @property
