@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
 import signal
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -125,6 +129,25 @@ def test_a_package_whose_encoder_has_gone_asks_where_it_lies(tmp_path) -> None:
     draw(0, 3, 48).image.save(tmp_path / "a.png")
     with pytest.raises(RequestError, match="--encoder MODEL"):
         workflows.predict(model=str(tmp_path / "m"), images=[str(tmp_path / "a.png")], classes=["red circle"])
+
+
+def test_heads_and_encoder_name_true_boxes(run, encoder) -> None:
+    loader = SourceFileLoader("name_boxes", str(Path(__file__).parents[2] / "tools" / "name_boxes"))
+    tool = importlib.util.module_from_spec(importlib.util.spec_from_loader("name_boxes", loader))
+    loader.exec_module(tool)
+    rows = list(tool.rows_of(argparse.Namespace(runs=[run], encoder=str(encoder), area_ratio=8.0, limit=None)))
+    assert [row["named_by"] for row in rows] == ["encoder", "box head", "object head"]
+    assert all(tuple(row) == tool.COLUMNS and row["base_boxes"] > 0 for row in rows)
+    assert all(0 <= float(row["base_right"]) <= 100 for row in rows)
+    # what it says of the box head is what the head says of the box
+    (image, *_), network = list(tool.validation(run, 1)), load_packaged(run / "model")[0].eval()
+    (answer,) = {tuple(each.tolist()) for each in tool.by_heads(network, [image], both=False).values()}
+    pixels = torch.from_numpy(np.asarray(image.picture)).permute(2, 0, 1)[None] / 255.0
+    with torch.inference_mode():
+        maps, heads = network.net.backbone(network.prepare(pixels)), network.second_stage
+        pooled = heads.box_roi_pool(maps, [image.boxes])
+        scores = heads.box_predictor(heads.box_head(pooled))[0].softmax(1)[:, heads.place]
+    assert answer == tuple(scores.argmax(1).tolist())
 
 
 def test_proposals_of_another_run_share_one_cache_and_give_pseudo_labels(run, encoder, tmp_path, monkeypatch) -> None:
