@@ -123,7 +123,7 @@ def test_a_row_says_what_an_int8_file_costs_and_saves(package: str, mapped: str,
         model=package, int8=True, data=mapped, out=str(run / "export" / "model.int8.onnx"), verify_images=4,
         max_drop=100.0, min_speedup=0.0, listener=Notes(),
     )  # fmt: skip
-    row = tool.row_of(run, argparse.Namespace(data=None, split=None, rounds=1, note="n"))
+    row = tool.row_of(run, argparse.Namespace(data=None, split=None, rounds=1, note="n", quantized=None))
     assert tuple(row) == tool.COLUMNS and row["recipe"] == "segmentation/cwd" and row["measure"] == "miou"
     assert 0 <= float(row["int8"]) <= 100 and float(row["int8_mb"]) < float(row["float_mb"])
     assert float(row["speedup"]) == pytest.approx(float(row["float_ms"]) / float(row["int8_ms"]), rel=0.05)
