@@ -9,22 +9,18 @@ import numpy as np
 
 from visionkd.config.schema import RunConfig
 from visionkd.data.boxes import novel_of
-from visionkd.data.subset import SubsetSource
-from visionkd.errors import DataError, UnreadableImageError
+from visionkd.errors import DataError
 from visionkd.models.network import Network
 from visionkd.runtime.boxes import FoundBoxes
-from visionkd.types import Listener, Progress, Source
-from visionkd.workflows._detection import some
+from visionkd.types import Listener, Source
 from visionkd.workflows._found import found_boxes
-from visionkd.workflows._training import torch_device
+from visionkd.workflows._int8_targets import OtherTargets, ask
 
-#: Images whose answers are kept: they speak for the rest.
-_MOST_ANSWERED = 256
 #: Score from which on what the float network finds counts as being there.
 _SURE = 0.3
 
 
-class RenamedBoxes:
+class RenamedBoxes(OtherTargets):
     """A source whose boxes count the classes as a network does.
 
     Args:
@@ -35,40 +31,26 @@ class RenamedBoxes:
     boxed = True
 
     def __init__(self, base: Source, columns: Sequence[int]) -> None:
-        self.base, self.columns = base, np.asarray(columns, np.int64)
-        self.targets = np.full(len(base), -1, np.int64)  # no image has one class
+        super().__init__(base)
+        self.columns = np.asarray(columns, np.int64)
         #: Classes to measure apart, as the network counts them.
-        self.novel = tuple(self.columns[list(novel_of(base))].tolist()) if len(self.columns) else ()
-
-    def __len__(self) -> int:
-        return len(self.base)
-
-    def load(self, index: int) -> Any:
-        return self.base.load(index)
+        self.novel = tuple(self.columns[list(novel_of(base))].tolist())
 
     def target(self, index: int) -> Mapping[str, np.ndarray]:
         target = self.base.target(index)
         return {**target, "labels": self.columns[target["labels"]]}
 
-    def name(self, index: int) -> str:
-        return self.base.name(index)
 
+class BlankBoxes(OtherTargets):
+    """A source of images of which nobody knows what they show."""
 
-class BlankBoxes(RenamedBoxes):
-    """A source of images of which nobody knows what they show.
-
-    Args:
-        base: Whose images these are.
-    """
-
-    def __init__(self, base: Source) -> None:
-        super().__init__(base, ())
+    boxed = True
 
     def target(self, index: int) -> Mapping[str, np.ndarray]:
-        return _target(np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
+        return _target(None)
 
 
-class AnsweredBoxes(RenamedBoxes):
+class AnsweredBoxes(OtherTargets):
     """A source with the answers of a network as its boxes.
 
     Args:
@@ -76,18 +58,19 @@ class AnsweredBoxes(RenamedBoxes):
         answers: What is on each image; None for one that cannot be read.
     """
 
+    boxed = True
+
     def __init__(self, base: Source, answers: Sequence[FoundBoxes | None]) -> None:
-        super().__init__(base, ())
+        super().__init__(base)
         self.answers = list(answers)
 
     def target(self, index: int) -> Mapping[str, np.ndarray]:
-        found = self.answers[index]
-        if found is None:
-            return _target(np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
-        return _target(found.boxes, found.labels)
+        return _target(self.answers[index])
 
 
-def _target(boxes: np.ndarray, labels: np.ndarray) -> Mapping[str, np.ndarray]:
+def _target(found: FoundBoxes | None) -> Mapping[str, np.ndarray]:
+    boxes = np.zeros((0, 4), np.float32) if found is None else found.boxes
+    labels = np.zeros(0, np.int64) if found is None else found.labels
     return {"boxes": boxes, "labels": labels, "crowd": np.zeros(len(labels), bool)}
 
 
@@ -103,20 +86,11 @@ def answered_boxes(network: Network, source: Source, *, config: RunConfig, liste
     Raises:
         DataError: If no image can be read, or the network finds nothing on any.
     """
-    if len(source) > _MOST_ANSWERED:
-        listener.message(f"Agreement is measured on {_MOST_ANSWERED} of {len(source)} images")
-        source = SubsetSource(source, some(source, _MOST_ANSWERED, seed=0))
-    device = torch_device(config.compute)
-    network.to(device).eval()
-    answers: list[FoundBoxes | None] = []
-    for index in range(len(source)):
-        try:
-            answers.append(found_boxes(network, source.load(index), device=device).above(_SURE))
-        except UnreadableImageError:
-            answers.append(None)
-        listener.progress(Progress("evaluate", index + 1, len(source)))
-    if all(answer is None for answer in answers):
-        raise DataError("No validation image can be read.", hint="List them with 'visionkd data check DATA'.")
+
+    def question(picture: Any, device: Any) -> FoundBoxes:
+        return found_boxes(network, picture, device=device).above(_SURE)
+
+    source, answers = ask(network, source, question, config=config, listener=listener)
     if not any(answers):
         raise DataError(
             f"The float model finds nothing on these images with a score of {_SURE:g} or more, so that there is nothing"
@@ -124,4 +98,3 @@ def answered_boxes(network: Network, source: Source, *, config: RunConfig, liste
             hint="Give images of what it was trained on, or data with boxes.",
         )
     return AnsweredBoxes(source, answers)
-

@@ -8,18 +8,13 @@ from typing import Any
 import numpy as np
 
 from visionkd.config.schema import RunConfig
-from visionkd.data.subset import SubsetSource
-from visionkd.errors import DataError, UnreadableImageError
 from visionkd.models.network import Network
-from visionkd.types import IGNORE, Listener, Progress, Source
-from visionkd.workflows._segmentation import class_map, some
-from visionkd.workflows._training import torch_device
-
-#: Images whose answers are kept: they speak for the rest, and large ones would fill the memory.
-_MOST_ANSWERED = 256
+from visionkd.types import IGNORE, Listener, Source
+from visionkd.workflows._int8_targets import OtherTargets, ask
+from visionkd.workflows._segmentation import class_map
 
 
-class RenamedMaps:
+class RenamedMaps(OtherTargets):
     """A source whose maps count the classes as a network does.
 
     Args:
@@ -30,40 +25,26 @@ class RenamedMaps:
     maps = True
 
     def __init__(self, base: Source, columns: Sequence[int]) -> None:
-        self.base, self.columns = base, tuple(columns)
-        self.targets = np.full(len(base), -1, np.int64)  # no image has one class
-
-    def __len__(self) -> int:
-        return len(self.base)
-
-    def load(self, index: int) -> Any:
-        return self.base.load(index)
+        super().__init__(base)
+        self.columns = tuple(columns)
 
     def target(self, index: int) -> np.ndarray:
         table = np.full(256, IGNORE, np.uint8)
         table[: len(self.columns)] = self.columns
         return table[self.base.target(index)]
 
-    def name(self, index: int) -> str:
-        return self.base.name(index)
 
+class BlankMaps(OtherTargets):
+    """A source of images without maps: no pixel has a label."""
 
-class BlankMaps(RenamedMaps):
-    """A source of images without maps: no pixel has a label.
-
-    Args:
-        base: Whose images these are.
-    """
-
-    def __init__(self, base: Source) -> None:
-        super().__init__(base, ())
+    maps = True
 
     def target(self, index: int) -> np.ndarray:
         image = self.base.load(index)
         return np.full((image.height, image.width), IGNORE, np.uint8)
 
 
-class AnsweredMaps(RenamedMaps):
+class AnsweredMaps(OtherTargets):
     """A source with the answers of a network as its maps.
 
     Args:
@@ -71,8 +52,10 @@ class AnsweredMaps(RenamedMaps):
         answers: Class of each pixel, uint8 H x W, for each image; None for one that cannot be read.
     """
 
+    maps = True
+
     def __init__(self, base: Source, answers: Sequence[np.ndarray | None]) -> None:
-        super().__init__(base, ())
+        super().__init__(base)
         self.answers = list(answers)
 
     def target(self, index: int) -> np.ndarray:
@@ -92,18 +75,8 @@ def answered_maps(network: Network, source: Source, *, config: RunConfig, listen
     Raises:
         DataError: If no image can be read.
     """
-    if len(source) > _MOST_ANSWERED:
-        listener.message(f"Agreement is measured on {_MOST_ANSWERED} of {len(source)} images")
-        source = SubsetSource(source, some(source, _MOST_ANSWERED, seed=0))
-    device = torch_device(config.compute)
-    network.to(device).eval()
-    answers: list[np.ndarray | None] = []
-    for index in range(len(source)):
-        try:
-            answers.append(class_map(network, source.load(index), config=config, device=device))
-        except UnreadableImageError:
-            answers.append(None)
-        listener.progress(Progress("evaluate", index + 1, len(source)))
-    if all(answer is None for answer in answers):
-        raise DataError("No validation image can be read.", hint="List them with 'visionkd data check DATA'.")
-    return AnsweredMaps(source, answers)
+
+    def question(picture: Any, device: Any) -> np.ndarray:
+        return class_map(network, picture, config=config, device=device)
+
+    return AnsweredMaps(*ask(network, source, question, config=config, listener=listener))

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from visionkd.errors import Problem, RequestError, UnreadableImageError
 from visionkd.files import check_writable, replacing
-from visionkd.runtime.boxes import FoundBoxes
 from visionkd.runtime.bundle_file import file_to_run
-from visionkd.runtime.draw import class_shares, draw_boxes, draw_labels, draw_map, map_picture
 from visionkd.runtime.images import decode_rgb, find_images
-from visionkd.runtime.preprocess import preprocess, to_batch
-from visionkd.runtime.session import Session, is_model_file, open_session, top_classes
+from visionkd.runtime.session import is_model_file, open_session
 from visionkd.types import Listener, Progress
+from visionkd.workflows._predicted import BY_TASK, Labels
 from visionkd.workflows.results import Prediction, PredictResult
 
 _BATCH = 16
-#: Least score of a box that is answered, where nobody says.
-MIN_SCORE = 0.3
-_LABELS, _BOXES = 5, 100
 
 
 def predict(
@@ -79,9 +73,10 @@ def predict(
         names = describe(loaded.classes) if loaded.classes is not None else None
     if min_score is not None and loaded.task != "detection":
         raise RequestError(Problem("--min-score", f"is about boxes, and {model} finds none", "Leave it out."))
-    maps = loaded.task == "segmentation"
-    top_k = top_k or (_BOXES if loaded.task == "detection" else _LABELS)
-    targets = _saved_names(files, Path(save), overwrite=overwrite, maps=maps) if save is not None else {}
+    teller = BY_TASK.get(loaded.task, Labels)(
+        loaded, names, model=model, accelerator=accelerator, top_k=top_k, min_score=min_score
+    )
+    targets = _saved_names(files, Path(save), overwrite=overwrite, teller=teller) if save is not None else {}
     if targets:
         check_writable(next(iter(targets.values())))
     predictions: list[Prediction] = []
@@ -95,19 +90,13 @@ def predict(
                 readable.append(file)
             except UnreadableImageError as error:
                 skipped.append((str(file), error.message))
-        if readable and loaded.task == "segmentation":
-            predictions += _maps(loaded, readable, pictures, names, top_k, targets, accelerator, model)
-        elif readable and loaded.task == "detection":
-            least = MIN_SCORE if min_score is None else min_score
-            predictions += _boxes(loaded, readable, pictures, names, top_k, targets, accelerator, least)
-        elif readable:
-            probs = _probs(loaded, to_batch([preprocess(each, loaded.input) for each in pictures]), accelerator)
-            for file, picture, best in zip(readable, pictures, top_classes(probs, names, top_k), strict=True):
-                saved = targets.get(file)
-                if saved is not None:
-                    _save(draw_labels(picture, best), saved)
-                labels, scores = tuple(label for label, _ in best), tuple(score for _, score in best)
-                predictions.append(Prediction(file, labels, scores, saved))
+        answers = teller.answers(pictures) if readable else ()
+        for file, picture, answer in zip(readable, pictures, answers, strict=True):
+            saved = targets.get(file)
+            if saved is not None:
+                for path, drawn in zip(teller.files(saved), teller.drawn(picture, answer), strict=True):
+                    _save(drawn, path)
+            predictions.append(teller.prediction(file, answer, saved))
         listener.progress(Progress("predict", min(first + _BATCH, len(files)), len(files)))
     return PredictResult(tuple(predictions), tuple(skipped))
 
@@ -125,104 +114,7 @@ def _save(picture: Image.Image, file: Path) -> None:
         picture.save(temporary, format="PNG")
 
 
-def _probs(loaded: Any, batch: np.ndarray, accelerator: str | None) -> np.ndarray:
-    if isinstance(loaded, Session):
-        return loaded.predict_probs(batch)
-    import torch
-
-    device = _device(accelerator)
-    loaded.to(device)
-    with torch.inference_mode():
-        return loaded(torch.from_numpy(batch).to(device)).logits.float().softmax(1).cpu().numpy()
-
-
-def _device(accelerator: str | None) -> Any:
-    import torch
-
-    if accelerator == "gpu" and not torch.cuda.is_available():
-        raise RequestError("--accelerator gpu: no GPU is usable here.", hint="Use --accelerator cpu.")
-    return torch.device("cuda" if torch.cuda.is_available() and accelerator != "cpu" else "cpu")
-
-
-def _maps(
-    loaded: Any,
-    files: Sequence[Path],
-    pictures: Sequence[Image.Image],
-    classes: Sequence[str] | None,
-    top_k: int,
-    targets: Mapping[Path, Path],
-    accelerator: str | None,
-    model: str,
-) -> Iterator[Prediction]:
-    """Yield what a segmentation network says of images; where they are saved, a map beside each picture."""
-    names = tuple(classes) if classes else tuple(f"class {index}" for index in range(loaded.num_classes))
-    for file, picture, found in zip(files, pictures, _class_maps(loaded, pictures, accelerator, model), strict=True):
-        shares = class_shares(found, len(names))[:top_k]
-        saved = targets.get(file)
-        saved_map = None
-        if saved is not None:
-            saved_map = _map_file(saved)
-            _save(draw_map(picture, found, names), saved)
-            _save(map_picture(found, len(names)), saved_map)
-        labels, parts = tuple(names[index] for index, _ in shares), tuple(share / 100.0 for _, share in shares)
-        yield Prediction(file, labels, parts, saved, saved_map)
-
-
-def _class_maps(
-    loaded: Any, pictures: Sequence[Image.Image], accelerator: str | None, model: str
-) -> Iterator[np.ndarray]:
-    if isinstance(loaded, Session):
-        yield from loaded.predict_maps(pictures)
-        return
-    from visionkd.workflows._segmentation import class_map
-    from visionkd.workflows.evaluate import data_config, run_of
-
-    run, device = run_of(model), _device(accelerator)
-    config = data_config(None, run=run) if run is not None else None  # as the run evaluated
-    loaded.to(device).eval()
-    for picture in pictures:
-        yield class_map(loaded, picture, config=config, device=device)
-
-
-def _boxes(
-    loaded: Any,
-    files: Sequence[Path],
-    pictures: Sequence[Image.Image],
-    classes: Sequence[str] | None,
-    top_k: int,
-    targets: Mapping[Path, Path],
-    accelerator: str | None,
-    min_score: float,
-) -> Iterator[Prediction]:
-    """Yield the boxes that a detector finds on images, drawn on a copy of each where they are saved."""
-    names = tuple(classes) if classes else tuple(f"class {index}" for index in range(loaded.num_classes))
-    for file, picture, all_found in zip(files, pictures, _found(loaded, pictures, accelerator), strict=True):
-        found = all_found.above(min_score, top_k)
-        saved = targets.get(file)
-        if saved is not None:
-            _save(draw_boxes(picture, found.boxes, found.labels.tolist(), found.scores.tolist(), names), saved)
-        boxes = tuple((left, top, right, bottom) for left, top, right, bottom in found.boxes.tolist())
-        labels = tuple(names[label] for label in found.labels.tolist())
-        yield Prediction(file, labels, tuple(found.scores.tolist()), saved, boxes=boxes)
-
-
-def _found(loaded: Any, pictures: Sequence[Image.Image], accelerator: str | None) -> Iterator[FoundBoxes]:
-    if isinstance(loaded, Session):
-        yield from loaded.predict_boxes(pictures)
-        return
-    from visionkd.workflows._found import found_boxes
-
-    device = _device(accelerator)
-    loaded.to(device).eval()
-    for picture in pictures:
-        yield found_boxes(loaded, picture, device=device)
-
-
-def _map_file(saved: Path) -> Path:
-    return saved.with_name(f"{saved.stem}.map.png")
-
-
-def _saved_names(files: Sequence[Path], directory: Path, *, overwrite: bool, maps: bool = False) -> dict[Path, Path]:
+def _saved_names(files: Sequence[Path], directory: Path, *, overwrite: bool, teller: Labels) -> dict[Path, Path]:
     """Give each picture a name of its own in ``directory``, also where files of several folders share one."""
     taken: set[str] = set()
     names = {}
@@ -236,7 +128,7 @@ def _saved_names(files: Sequence[Path], directory: Path, *, overwrite: bool, map
             raise RequestError(
                 f"--save {directory} would add pictures to the folder they come from.", hint="Give another directory."
             )
-    written = [*names.values(), *(map(_map_file, names.values()) if maps else ())]
+    written = [path for saved in names.values() for path in teller.files(saved)]
     taken_files = [path for path in written if path.exists()]
     if taken_files and not overwrite:
         raise RequestError(
