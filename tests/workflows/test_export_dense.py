@@ -8,6 +8,7 @@ import json
 import shutil
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -91,12 +92,21 @@ def bundle(int8_package: str, mapped: str, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-def test_a_float_model_is_quantised_gated_and_recorded_by_miou(package: str, mapped: str, tmp_path: Path) -> None:
-    notes, out = Notes(), tmp_path / "export" / "model.int8.onnx"
+@pytest.fixture(scope="module")
+def exported(package: str, mapped: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Notes]:
+    """A folder like that of a run with its INT8 file, what its export gave, and what was said."""
+    run, notes = tmp_path_factory.mktemp("exported") / "run", Notes()
+    shutil.copytree(package, run / "model")
     result = workflows.export(
-        model=package, int8=True, data=mapped, out=str(out), verify_images=6, max_drop=100.0, min_speedup=0.0,
-        listener=notes,
+        model=package, int8=True, data=mapped, out=str(run / "export" / "model.int8.onnx"), verify_images=6,
+        max_drop=100.0, min_speedup=0.0, listener=notes,
     )  # fmt: skip
+    return run, result, notes
+
+
+def test_a_float_model_is_quantised_gated_and_recorded_by_miou(exported, mapped: str) -> None:
+    run, result, notes = exported
+    out = run / "export" / "model.int8.onnx"
     assert result.num_verify_images == 6 and result.speedup > 0 and result.top1_float is None
     assert None not in (result.miou_float, result.miou_torch, result.miou_exported)
     assert any("% mIoU in float" in text for text in notes.said) and any("of the pixels" in text for text in notes.said)
@@ -109,20 +119,15 @@ def test_a_float_model_is_quantised_gated_and_recorded_by_miou(package: str, map
     assert evaluated.metrics["miou"] == pytest.approx(result.miou_exported, abs=1e-3)
 
 
-def test_a_row_says_what_an_int8_file_costs_and_saves(package: str, mapped: str, tmp_path: Path) -> None:
+def test_a_row_says_what_an_int8_file_costs_and_saves(exported, package: str, mapped: str) -> None:
     loader = SourceFileLoader("record_int8", str(Path(__file__).parents[2] / "tools" / "record_int8"))
     tool = importlib.util.module_from_spec(importlib.util.spec_from_loader("record_int8", loader))
     loader.exec_module(tool)
-    run = tmp_path / "run"
-    shutil.copytree(package, run / "model")
+    run = exported[0]
     (run / "config.yaml").write_text(yaml.safe_dump({"training": {"seed": 3}, "data": {"path": mapped}}))
     (run / "environment.json").write_text(json.dumps({"commit": "0123"}))
     (run / "log.txt").write_text("start: visionkd distill --config segmentation/cwd --out run")
     workflows.export(model=package, out=str(run / "export" / "model.onnx"), listener=Notes())
-    workflows.export(
-        model=package, int8=True, data=mapped, out=str(run / "export" / "model.int8.onnx"), verify_images=4,
-        max_drop=100.0, min_speedup=0.0, listener=Notes(),
-    )  # fmt: skip
     row = tool.row_of(run, argparse.Namespace(data=None, split=None, rounds=1, note="n", quantized=None))
     assert tuple(row) == tool.COLUMNS and row["recipe"] == "segmentation/cwd" and row["measure"] == "miou"
     assert 0 <= float(row["int8"]) <= 100 and float(row["int8_mb"]) < float(row["float_mb"])
