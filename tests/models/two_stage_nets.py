@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
+from tests.batch_norms import draw_statistics
 from tests.quantization.dense_nets import pictures
 from visionkd.config.schema import NetworkConfig
 from visionkd.models.detection.network import DetectionNetwork
@@ -36,13 +36,7 @@ def plain_two_stages(
     config = NetworkConfig(name=name, pretrained=False, img_size=img_size, args={**own, **args})  # type: ignore[arg-type]
     network = create_network(config, classes=CLASSES, in_training=True).eval()
     assert isinstance(network, DetectionNetwork)
-    with torch.no_grad():
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(0.0, 0.2)
-                module.running_var.uniform_(0.5, 2.0)
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0.0, 0.2)
+    draw_statistics(network)
     enliven(network)
     if boxes is not None:
         rpn = network.net.rpn

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from tests.batch_norms import draw_statistics
 from visionkd.config.schema import NetworkConfig
 from visionkd.models.factory import create_network
 from visionkd.models.network import Network
@@ -22,13 +23,8 @@ def tiny_dense(name: str = "deeplabv3plus_test_resnet", *, num_classes: int = 5,
     own = {} if name.startswith("lraspp") else {"channels": 16, "aux": True}
     config = NetworkConfig(name=name, pretrained=False, img_size=SIZE, args={**own, **args})
     network = create_network(config, num_classes=num_classes, in_training=True)
+    draw_statistics(network)
     with torch.no_grad():
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(0.0, 0.2)
-                module.running_var.uniform_(0.5, 2.0)
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0.0, 0.2)
         heads = network.net.get_classifier()
         for head in heads if isinstance(heads, tuple) else (heads,):
             head.weight.mul_(50.0)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
+from tests.batch_norms import draw_statistics
 from tests.quantization.dense_nets import SIZE, pictures
 from visionkd.config.schema import NetworkConfig
 from visionkd.models.detection.network import DetectionNetwork
@@ -24,13 +24,8 @@ def tiny_detector(
     own = {} if name.startswith("ssdlite") else {"channels": 16, "head_convs": 1}
     config = NetworkConfig(name=name, pretrained=False, img_size=img_size, args={**own, **args})  # type: ignore[arg-type]
     network = create_network(config, num_classes=num_classes, in_training=True)
+    draw_statistics(network)
     with torch.no_grad():
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(0.0, 0.2)
-                module.running_var.uniform_(0.5, 2.0)
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0.0, 0.2)
         for layer in network.class_layers():
             head = network.net.get_submodule(layer)
             head.weight.mul_(2.0 if own == {} else 30.0)

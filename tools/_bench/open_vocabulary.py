@@ -7,7 +7,6 @@ from bytes, reads the regions of each image from a cache on disk and learns from
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,46 +27,16 @@ from visionkd.tasks.detection import DetectionTask
 from visionkd.teachers.embedding_cache import EmbeddingCache, ImageRegions, open_cache
 from visionkd.teachers.regions import block_boxes
 
-_DIM, _SEED = 512, 0
+_DIM = 512
 #: Two of the three classes have boxes.
 _BASE = (True, True, False)
 
 
-@dataclass(frozen=True)
-class OpenShape:
-    """The detector and its heads.
-
-    Attributes:
-        detector: See :class:`_bench.detection.Shape`.
-        options: Of the method.
-    """
-
-    detector: Shape
-    options: OADPOptions
-
-    @property
-    def batch_size(self) -> int:
-        return self.detector.batch_size
-
-    @property
-    def model(self) -> str:
-        return self.detector.model
-
-    @property
-    def img_size(self) -> tuple[int, int]:
-        return self.detector.img_size
-
-    @property
-    def args(self) -> dict[str, Any]:
-        return self.detector.args
-
-
 class OpenMaterial(DetectorMaterial):
-    """An open-vocabulary detector, one fixed batch, and the cached regions of its images."""
+    """An open-vocabulary detector, one fixed batch, and the cached regions of its images, in ``folder``."""
 
-    def __init__(self, shape: OpenShape, setting: Setting, folder: Path) -> None:
-        super().__init__(shape, setting)  # type: ignore[arg-type]
-        options = shape.options
+    def __init__(self, shape: Shape, options: OADPOptions, setting: Setting, folder: Path) -> None:
+        super().__init__(shape, setting)
         spec = OpenVocabulary(
             dim=_DIM, base=_BASE, head_convs=options.head_convs, head_dim=options.head_dim, proposals=options.boxes,
             rois=options.rois,
